@@ -93,7 +93,7 @@ _ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "dict": 
 def _arrow_type(f) -> pa.DataType:
     "Arrow type of a field of TraceRow: its token dtype, else by its annotation."
     if f.name in TOKENS: return pa.list_(pa.from_numpy_dtype(np.dtype(TOKENS[f.name])))
-    hint = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "") if isinstance(f.type, type) else str(f.type)
+    hint = f.type.__name__ if isinstance(f.type, type) else str(f.type)
     return _ARROW[hint.removesuffix(" | None")]
 
 # %% ../nbs/30b_rows.ipynb #33509c81

@@ -33,10 +33,9 @@ def read_meta(
 ) -> dict:              # content of its meta.json
     "Facts of a run. Raises: RunError where there is no run that this version can read."
     path = Path(path)
-    if not path.exists(): raise RunError(f"There is no run folder at {path}: check the path, or train first.")
-    if not path.is_dir(): raise RunError(f"{path} is a file: give the run folder, the one that holds meta.json.")
     try: meta = json.loads((path/"meta.json").read_bytes())
     except FileNotFoundError: raise RunError(_no_run(path)) from None
+    except NotADirectoryError: raise RunError(f"{path} is a file: give the run folder, the one that holds meta.json.") from None
     except OSError as e: raise RunError(f"{path} cannot be read ({e.strerror}): check its permissions.") from None
     except ValueError: meta = None
     version = meta.get("schema_version") if isinstance(meta, dict) and meta.get("format") == FORMAT else None
@@ -46,7 +45,8 @@ def read_meta(
     return meta
 
 def _no_run(path: Path) -> str:
-    "Why a folder without meta.json is no run, with the runs inside it if there are any."
+    "Why a path without meta.json is no run, with the runs inside it if there are any."
+    if not path.is_dir(): return f"There is no run folder at {path}: check the path, or train first."
     inside = sorted(p.parent.name for p in path.glob("*/meta.json"))[-3:]
     hint = f"did you mean {' or '.join(str(path/name) for name in inside)}?" if inside else "give the folder that training wrote."
     return f"{path} is not a run folder (it has no meta.json): {hint}"
@@ -54,7 +54,7 @@ def _no_run(path: Path) -> str:
 # %% ../nbs/31_traces.ipynb #3511d1c7
 def _vacant(path: Path, resume: bool) -> dict:
     "Meta of the run to go on with, {} for a fresh folder. Raises: RunError if something else is there."
-    if path.is_dir() and not any(path.iterdir()) or not path.exists(): return {}
+    if not path.exists() or path.is_dir() and not any(path.iterdir()): return {}
     if path.is_dir() and not (path/"meta.json").exists():
         raise RunError(f"{path} is not empty and holds no run: give a new or an empty folder.")
     meta = read_meta(path)
@@ -80,7 +80,10 @@ class RunWriter:
             self.tokens.mkdir(parents=True, exist_ok=True)
             self._tidy()
             self.beat(self.meta["step"], force=True)
-        except OSError as e: raise RunError(f"{self.path} cannot be written ({e.strerror}): give a folder you may write to.") from None
+        except OSError as e:
+            for folder in (self.tokens, self.path):
+                if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+            raise RunError(f"{self.path} cannot be written ({e.strerror}): give a folder you may write to.") from None
 
 # %% ../nbs/31_traces.ipynb #79611ee7
 @patch
@@ -117,14 +120,15 @@ def write_tokens(
 ) -> list[dict]:            # index lines of these rows, for rank 0 to append
     "Write this rank's trajectories to a new Parquet file. Raises: ValueError if an id was used before in this step."
     if not rows: return []
-    seen = self._last[1] if self._last[0] == step else set()
-    twice = [r.id for i, r in enumerate(rows) if r.id in seen or r.id in {q.id for q in rows[:i]}]
-    if twice: raise ValueError(f"trajectory id {twice[0]} was written before: number the rows of a step on, across batches")
+    seen = set(self._last[1]) if self._last[0] == step else set()
+    for r in rows:
+        if r.id in seen: raise ValueError(f"trajectory id {r.id} was written before: number the rows of a step on, across batches")
+        seen.add(r.id)
     base, again = f"{'' if split == 'train' else split + '-'}step-{step:06d}.rank-{self.rank}", 0
     while (file := self.tokens/f"{base}{f'.{again}' if again else ''}.parquet").exists(): again += 1
     self.tokens.mkdir(parents=True, exist_ok=True)
     write_parquet(file, rows)
-    self._last = step, seen | {r.id for r in rows}
+    self._last = step, seen
     return [index_line(r, file.name, i) for i, r in enumerate(rows)]
 
 # %% ../nbs/31_traces.ipynb #5c41b6e8
