@@ -1,0 +1,215 @@
+"""The sandbox where it meets threads, forks and sudden death. What single pieces of code get to see is in nbs/02_sandbox.ipynb."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tirlab import sandbox
+from tirlab.sandbox import Limits, Status, run_python
+
+DAEMON = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(1000)\n    os._exit(0)\ntime.sleep(0.1)\n"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+
+
+def server() -> psutil.Process:
+    assert str(run_python("37 + 48")) == "85"
+    return psutil.Process(sandbox._server.process.pid)
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end: time.sleep(0.02)
+    return condition()
+
+
+def gone(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def python(script, **kwargs):
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, **kwargs)
+
+
+def test_many_threads_each_get_their_own_answer():
+    codes = [f"import time; time.sleep({i % 5} / 100); print({i}); {i} ** 2" for i in range(200)]
+    with ThreadPoolExecutor(40) as pool: results = list(pool.map(run_python, codes))
+    assert [str(r) for r in results] == [f"{i}\n{i ** 2}" for i in range(200)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(st.characters(exclude_categories=[]), max_size=40))
+def test_any_text_is_an_execution(code):
+    execution = run_python(code, Limits(seconds=5))
+    str(execution).encode()
+    assert execution.status in (Status.OK, Status.ERROR)
+
+
+@pytest.mark.parametrize("limits", [{"seconds": 0}, {"memory_mb": -1}, {"output_chars": float("nan")}, {"seconds": float("inf")}])
+def test_limits_must_make_sense(limits):
+    with pytest.raises(ValueError, match=f"{next(iter(limits))}.*positive"): Limits(**limits)
+
+
+def test_time_and_processor_limits():
+    start = time.monotonic()
+    assert run_python("while True: pass", Limits(seconds=0.3)).status is Status.TIMEOUT
+    ignoring = "import signal, time; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65)); time.sleep(100)"
+    assert run_python(ignoring, Limits(seconds=0.3)).status is Status.TIMEOUT
+    busy = run_python("while True: pass", Limits(seconds=25, cpu_seconds=1))
+    assert busy.status is Status.TIMEOUT and "processor" in busy.error
+    assert time.monotonic() - start < 25
+
+
+@pytest.mark.parametrize("code, status", [
+    ("import os; os.write(3, b'x0'); os.write(1, b'lie')", Status.OK),
+    ("import os, time; os.write(3, b'x-9'); time.sleep(100)", Status.CRASHED),
+    ("import os, time; os.write(3, b'x' + b'9' * 9000); time.sleep(100)", Status.ERROR),
+    ("import os\nwhile True: os.write(3, b's' * 5000)", None),
+    ("import os; os.closerange(0, 1000); 1 / 0", Status.ERROR),
+    ("import os, socket; socket.socket(fileno=3).shutdown(2); import time; time.sleep(100)", None),
+    ("import sys; sys.stdout = sys.stderr = None; print('x')", Status.OK),
+])
+def test_lies_about_itself_stay_with_the_liar(code, status):
+    execution = run_python(code, Limits(seconds=1))
+    assert status in (None, execution.status)
+    assert str(run_python("37 + 48")) == "85"
+    assert wait_until(lambda: not server().children())
+
+
+def test_child_holds_nothing_of_ours(monkeypatch):
+    monkeypatch.setenv("TIRLAB_SECRET", "1")
+    read, write = os.pipe()
+    os.set_inheritable(read, True), os.set_inheritable(write, True)
+    sandbox._stop(server() and sandbox._server)
+    assert str(run_python("import os; len(os.listdir('/proc/self/fd')), 'TIRLAB_SECRET' in os.environ")) == "(5, False)"
+    os.close(read), os.close(write)
+
+
+def test_leaves_no_process_file_or_descriptor(tmp_path):
+    zygote = server()
+    descriptors = zygote.num_fds(), psutil.Process().num_fds()
+    deep = "import os\nfor _ in range(1500): os.mkdir('d' * 100); os.chdir('d' * 100)"
+    locked = f"import os; os.makedirs('a/b'); open('a/b/c', 'w'); os.symlink({str(tmp_path)!r}, 'a/link'); os.chmod('a/b', 0); os.chmod('a', 0)"
+    thread = "import threading, time; threading.Thread(target=time.sleep, args=(100,)).start()"
+    codes = [DAEMON, deep, locked, thread, "while True: pass", "print('x' * 10**7)", "1 / 0", "open('file', 'w').write('text')"] * 2
+    tmp_path.chmod(0o755)
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda code: run_python(code, Limits(seconds=1)), codes))
+    assert wait_until(lambda: not zygote.children(recursive=True))
+    assert server() == zygote
+    assert descriptors == (zygote.num_fds(), psutil.Process().num_fds())
+    assert not list(Path(sandbox._server.folder).iterdir())
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def test_killed_server_is_replaced():
+    first = server()
+    first.kill()
+    assert server() != first
+
+
+def test_killed_server_takes_its_children_along_and_says_so():
+    first, folder = server(), Path(sandbox._server.folder)
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(run_python, "import time; time.sleep(20)", Limits(seconds=30)) for _ in range(4)]
+        assert wait_until(lambda: len(first.children()) == 4)
+        children = first.children()
+        first.kill()
+        assert {r.result().status for r in running} == {Status.LOST}
+    assert wait_until(lambda: all(gone(c.pid) for c in children))
+    assert server() != first and not folder.exists()
+
+
+def test_stalled_server_is_replaced(monkeypatch):
+    first = server()
+    monkeypatch.setattr(sandbox, "_PATIENCE", 1)
+    first.suspend()
+    assert server() != first and gone(first.pid)
+
+
+def test_interrupt_ends_the_execution():
+    zygote = server()
+    def interrupt(*_): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    with pytest.raises(KeyboardInterrupt): run_python("import time; time.sleep(20)", Limits(seconds=30))
+    signal.signal(signal.SIGALRM, before)
+    assert wait_until(lambda: not zygote.children())
+
+
+PARENT = f"""
+import os, threading, time
+from tirlab import sandbox
+from tirlab.sandbox import Limits, run_python
+run_python("1")
+threading.Thread(target=run_python, args=({DAEMON!r} + "time.sleep(1000)", Limits(seconds=1000)), daemon=True).start()
+print(sandbox._server.process.pid, sandbox._server.folder, flush=True)
+"""
+
+
+@pytest.mark.parametrize("ending", ["time.sleep(1000)", "time.sleep(0.5)"], ids=["killed", "ends"])
+def test_nothing_outlives_the_parent(ending):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT + ending], stdout=subprocess.PIPE, text=True)
+    pid, folder = parent.stdout.readline().split()
+    zygote = psutil.Process(int(pid))
+    assert wait_until(lambda: len(zygote.children(recursive=True)) >= 2)
+    family = [zygote, *zygote.children(recursive=True)]
+    if "1000" in ending: parent.kill()
+    assert parent.wait(30) in (0, -signal.SIGKILL)
+    parent.stdout.close()
+    assert wait_until(lambda: all(gone(p.pid) for p in family)), [p for p in family if p.is_running()]
+    assert wait_until(lambda: not os.path.exists(folder))
+
+
+def test_forked_parent_gets_a_server_of_its_own():
+    script = """
+import os, sys, threading
+from tirlab import sandbox
+from tirlab.sandbox import run_python
+run_python("1"); first = sandbox._server.process.pid
+sandbox._lock.acquire()                       # as if another thread had been starting a server at this moment
+if (child := os.fork()) == 0:
+    ok = str(run_python("37 + 48")) == "85" and sandbox._server.process.pid != first
+    sandbox._end()
+    os._exit(0 if ok else 1)
+sandbox._lock.release()
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+sys.exit(code or not (str(run_python("2 + 2")) == "4" and sandbox._server.process.pid == first))
+"""
+    result = python(script)
+    assert result.returncode == 0, result.stderr
+
+
+def test_works_for_an_ordinary_user():
+    user = {"user": "nobody", "cwd": "/"} if os.geteuid() == 0 else {}
+    locked = "import os; os.makedirs('a/b'); os.chmod('a', 0); 85"
+    script = f"""
+import os, sys
+from tirlab import sandbox
+from tirlab.sandbox import run_python
+ok = str(run_python({locked!r})) == "85" and not os.listdir(sandbox._server.folder)
+sys.exit(not (ok and run_python("[0] * 10**9").status == "memory"))
+"""
+    try: python("import tirlab.sandbox", **user, check=True)
+    except (PermissionError, subprocess.CalledProcessError): pytest.skip("this interpreter is for root only")
+    result = python(script, **user)
+    assert result.returncode == 0, result.stderr
+
+
+def test_server_that_cannot_start_is_one_clear_error():
+    script = """
+import sys
+from tirlab import sandbox
+sandbox._stop(sandbox._start())
+sys.executable = "/bin/false"
+try: sandbox.run_python("1")
+except OSError as e: sys.exit("did not start" not in str(e))
+"""
+    result = python(script)
+    assert result.returncode == 0, result.stderr
