@@ -1,0 +1,57 @@
+# The front door. `make` alone says what there is.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONUTF8 := 1
+
+# Pictures in notebooks are drawn by the system's chromium. Nothing here may wait for a network.
+test test-slow: export BROWSER_PATH = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test test-slow: export HF_HUB_OFFLINE = 1
+test test-slow: export HF_DATASETS_OFFLINE = 1
+
+# $(call step,TITLE,COMMAND,WHAT TO DO WHEN IT FAILS)
+define step
+	@printf '\n-- %s\n' "$(1)"; start=$$SECONDS; $(2) || { printf '\nmake $@ stopped at "%s": %s\n' "$(1)" "$(3)" >&2; exit 1; }; \
+	printf -- '-- done in %s s\n' $$((SECONDS - start))
+endef
+
+.PHONY: help demo test test-slow lint export readme clean
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.has-app  ## train the tiny policy on this machine and watch it; ARGS="--steps 40" goes to `tirlab demo`
+	@$(BIN)/tirlab demo $(ARGS)
+
+test: .venv/.has-dev  ## all checks, as in CI: style, notebooks in step with modules, notebooks run, tests
+	@scripts/debian chromium || true
+	$(call step,style,ruff check,repair what ruff names; 'ruff check --fix' does most of it)
+	$(call step,notebooks and modules agree,scripts/in_step,commit what has just been brought into step)
+	$(call step,README.md is made from nbs/index.ipynb,scripts/readme --check,run 'make readme' and commit)
+	$(call step,notebooks run,nbdev-test --n-workers 1,run the notebook named above and repair the cell)
+	$(call step,tests,pytest -q,repair what pytest names; 'pytest -x FILE' runs one file)
+	@printf '\nAll good.\n'
+
+test-slow: .venv/.has-dev  ## what takes minutes: tests marked slow, and the notebooks' cells marked `#| slow`
+	@scripts/debian chromium || true
+	$(call step,slow tests,pytest -q -m slow || [ $$? = 5 ],repair what pytest names)
+	$(call step,slow notebooks,scripts/slow_notebooks,run the notebook named above and repair the cell)
+	@printf '\nAll good.\n'
+
+lint: .venv/.has-dev  ## style alone
+	ruff check
+
+export: .venv/.has-dev  ## write the modules from the notebooks
+	nbdev-clean && nbdev-export
+
+readme: .venv/.has-dev  ## write README.md from nbs/index.ipynb
+	scripts/readme
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find app nbs scripts tests tirlab -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+# A stamp is older than what it depends on after a change there; pip then adds what is missing.
+.venv/.has-%: pyproject.toml constraints.txt scripts/setup
+	@scripts/setup $*

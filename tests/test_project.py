@@ -1,0 +1,223 @@
+"""The project holds together: its settings, notebooks, floors, documentation and wheel."""
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = sorted(p for p in ROOT.glob("tirlab/*.py") if p.stem not in ("__init__", "_modidx", "all"))
+APP = sorted(p for p in ROOT.glob("app/**/*.py"))
+
+
+def tracked():
+    "The files of the project: what git knows or would add; without git, everything but what is built."
+    git = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if git.returncode == 0: return [ROOT / name for name in git.stdout.splitlines() if (ROOT / name).is_file()]
+    return [p for p in ROOT.rglob("*") if p.is_file() and p.relative_to(ROOT).parts[0] not in (".venv", ".git", "build", "runs")]
+
+
+# One truth in two files
+
+def settings_as_pyproject(settings, folder):
+    "The pyproject.toml that nbdev makes of a settings.ini, as a dict."
+    folder.mkdir()
+    (folder / "settings.ini").write_text(settings)
+    config = configparser.ConfigParser()
+    config.read_string(settings)
+    package = folder / config["DEFAULT"]["lib_path"]
+    package.mkdir()
+    (package / "__init__.py").write_text('__version__ = "0"\n')
+    subprocess.run(["nbdev-migrate-config"], cwd=folder, check=True, capture_output=True)
+    made = tomllib.loads((folder / "pyproject.toml").read_text())
+    made["project"]["version"] = re.search(r'"(.*)"', (package / "__init__.py").read_text())[1]
+    return made
+
+
+def differences(ours, theirs, path=""):
+    "Where two nested dicts differ, in the fields that both have. Lists are compared without their order."
+    if isinstance(ours, dict): return [d for k in ours if k in theirs for d in differences(ours[k], theirs[k], f"{path}.{k}".lstrip("."))]
+    if isinstance(ours, list): ours, theirs = sorted(map(str, ours)), sorted(map(str, theirs))
+    return [] if ours == theirs else [path]
+
+
+def pyproject():
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    ours["project"]["version"] = re.search(r'__version__ = "(.*)"', (ROOT / "tirlab/__init__.py").read_text())[1]
+    del ours["tool"]["setuptools"]["packages"]   # a list of names for an editable install; settings.ini has no such field
+    return ours
+
+
+def test_settings_ini_says_what_pyproject_says(tmp_path):
+    settings = (ROOT / "settings.ini").read_text()
+    assert differences(pyproject(), settings_as_pyproject(settings, tmp_path / "same")) == []
+
+
+@pytest.mark.parametrize("change, field", [
+    (("min_python = 3.11", "min_python = 3.12"), "project.requires-python"),
+    (("torch transformers", "transformers"), "project.dependencies"),
+    (("version = ", "version = 9"), "project.version"),
+    (("tst_flags = notest gpu", "tst_flags = notest"), "tool.nbdev.tst_flags"),
+])
+def test_a_difference_is_found(tmp_path, change, field):
+    settings = (ROOT / "settings.ini").read_text()
+    assert change[0] in settings
+    assert differences(pyproject(), settings_as_pyproject(settings.replace(*change), tmp_path / "changed")) == [field]
+
+
+def test_every_dependency_is_pinned():
+    project = pyproject()["project"]
+    wanted = {name for extra, names in project["optional-dependencies"].items() if extra != "bfcl" for name in names}
+    pinned = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    assert not {*project["dependencies"], *wanted} - set(pinned)
+
+
+# Notebooks and modules
+
+def notebook_of(module):
+    "The notebook that a module says it was made from, or 99 and its name where it says nothing."
+    found = re.search(r"File to edit: \.\./nbs/(\S+)\.", module.read_text())
+    return found[1] if found else f"99_{module.stem}"
+
+
+def floor_of(module):
+    "The number of a module's notebook. Modules of one number (30a, 30b) are one room."
+    return int(re.match(r"\d+", notebook_of(module))[0])
+
+
+def imports_of(source):
+    "Names of the tirlab modules that a file imports, also inside functions."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = "tirlab." * bool(node.level) + (node.module or "")
+            names = [f"{base.rstrip('.')}.{a.name}" for a in node.names] if base.rstrip(".") == "tirlab" else [base]
+        else: continue
+        yield from (name.split(".")[1] for name in names if name.startswith("tirlab."))
+
+
+def test_every_module_has_its_notebook():
+    exporting = {}
+    for notebook in NOTEBOOKS:
+        cells = json.loads(notebook.read_text())["cells"]
+        for name in re.findall(r"^#\|\s*default_exp (\S+)", "\n".join("".join(c["source"]) for c in cells), re.M): exporting[name] = notebook
+    assert sorted(exporting) == sorted(m.stem for m in MODULES)
+    for name, notebook in exporting.items(): assert re.fullmatch(rf"\d\d[a-z]?_{name}", notebook.stem), f"{notebook.name} exports {name}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_small(notebook):
+    assert notebook.stat().st_size <= 300_000, "store a smaller picture, or none"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_imports_go_down(module):
+    floors = {m.stem: floor_of(m) for m in MODULES}
+    up = [name for name in imports_of(module.read_text()) if floors.get(name, 0) > floors[module.stem]]
+    assert not up, f"nbs/{notebook_of(module)}.ipynb may import from its own floor and below, not {up}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if floor_of(m) < 10], ids=lambda p: p.stem)
+def test_the_data_floor_needs_no_torch(module):
+    assert not re.search(r"^\s*(import|from) torch\b", module.read_text(), re.M)
+
+
+@pytest.mark.parametrize("page", APP, ids=lambda p: p.stem)
+def test_the_app_only_looks(page):
+    floors = {m.stem: floor_of(m) for m in MODULES}
+    assert not [name for name in imports_of(page.read_text()) if name == "all" or floors.get(name, 0) >= 40]
+
+
+# Documentation
+
+def undocumented(source):
+    "Public functions of `__all__` without a docstring, and their parameters without a comment on the same line."
+    tree, lines = ast.parse(source), source.splitlines()
+    public = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), [])
+    for f in tree.body:
+        if not isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) or f.name not in public: continue
+        if not ast.get_docstring(f): yield f"{f.name} has no docstring"
+        a = f.args
+        for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]:
+            if "#" not in lines[arg.end_lineno - 1][arg.end_col_offset:]: yield f"{f.name}: parameter {arg.arg} has no comment"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_public_functions_are_documented(module):
+    missing = list(undocumented(module.read_text()))
+    assert missing == []
+
+
+def test_missing_documentation_is_found():
+    source = '__all__ = ["f"]\ndef f(\n    a,  # a number\n    b=1,\n): return a\ndef g(x): pass\n'
+    assert list(undocumented(source)) == ["f has no docstring", "f: parameter b has no comment"]
+
+
+def test_readme_is_made_from_the_index(tmp_path):
+    def code(source, *outputs): return {"cell_type": "code", "source": source, "metadata": {}, "execution_count": None, "outputs": list(outputs)}
+    def data(kind, value): return {"output_type": "display_data", "metadata": {}, "data": {kind: value}}
+    prose = "# Title\n![run](images/run.png) [room](02_sandbox.ipynb) [up](../CONTRIBUTING.md) [net](https://example.org/a.b) [here](#title)"
+    cells = [{"cell_type": "markdown", "source": prose, "metadata": {}}, code("#| hide\nsecret = 1"),
+             code("#| eval: false\n1 + 1\n", data("text/plain", "2")), code("#| echo: false\nplot()", data("image/png", "AAAA"))]
+    (tmp_path / "scripts").mkdir(), (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "scripts/readme", tmp_path / "scripts/readme")
+    (tmp_path / "nbs/index.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    def readme(*args): return subprocess.run([sys.executable, tmp_path / "scripts/readme", *args], capture_output=True, check=False).returncode
+    assert readme("--check") == 1 and readme() == 0 and readme("--check") == 0
+    assert (tmp_path / "README.md").read_text().partition("-->\n\n")[2] == """# Title
+![run](nbs/images/run.png) [room](nbs/02_sandbox.ipynb) [up](CONTRIBUTING.md) [net](https://example.org/a.b) [here](#title)
+
+```python
+1 + 1
+```
+
+```
+2
+```
+
+![](nbs/images/index-1.png)
+"""
+    (tmp_path / "nbs/images/index-1.png").write_bytes(b"other")
+    assert readme("--check") == 1
+
+
+# What a stranger gets
+
+def test_the_tree_is_nobodys_machine():
+    "No path and no package index of the machine on which something was written."
+    pip = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+    urls = re.findall(r"https?://[^\s'\"]+", pip + " ".join(v for k, v in os.environ.items() if k.startswith(("PIP_", "UV_"))))
+    hosts = {urlparse(u).hostname for u in urls} - {"pypi.org", "files.pythonhosted.org", None}
+    places = {str(ROOT), sys.prefix if sys.prefix != sys.base_prefix else None, os.path.dirname(os.path.dirname(os.path.realpath(sys.executable)))}
+    exact = [re.escape(s) for s in sorted(hosts | {p for p in places if p and p not in ("/", "/usr", "/usr/local")})]
+    pattern = re.compile("|".join([*exact, r"/(?:root|home|Users)/[\w.]", r"[A-Z]:\\+Users", r"--(?:extra-)?index-url", r"--find-links"]))
+    found = []
+    for path in tracked():
+        if path == Path(__file__) or path.suffix in (".safetensors", ".png", ".parquet"): continue
+        found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in pattern.finditer(path.read_text("utf-8", "replace"))]
+    assert not found
+
+
+def test_the_wheel_holds_modules_app_and_policy(tmp_path):
+    copy = tmp_path / "copy"
+    for path in tracked():
+        (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy / path.relative_to(ROOT))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(copy)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    wanted = {str(p.relative_to(ROOT)) for p in [*MODULES, *ROOT.glob("tirlab/tiny_policy/*")] if p.is_file()}
+    wanted |= {f"tirlab/{p.relative_to(ROOT)}" for p in APP}
+    assert wanted <= names, f"not in the wheel: {sorted(wanted - names)}"
+    assert any(name.endswith("/LICENSE") for name in names)
