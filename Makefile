@@ -26,7 +26,7 @@ demo: .venv/.has-app  ## train the tiny policy on this machine and watch it; ARG
 
 test: .venv/.has-dev  ## all checks, as in CI: style, notebooks in step with modules, notebooks run, tests
 	@scripts/debian chromium || true
-	$(call step,style,ruff check,repair what ruff names; 'ruff check --fix' does most of it)
+	$(call step,style,ruff check,repair what ruff names (for a file in tirlab, in its notebook))
 	$(call step,notebooks and modules agree,scripts/in_step,commit what has just been brought into step)
 	$(call step,README.md is made from nbs/index.ipynb,scripts/readme --check,run 'make readme' and commit)
 	$(call step,notebooks run,nbdev-test --n-workers 1,run the notebook named above and repair the cell)
