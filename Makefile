@@ -25,7 +25,7 @@ demo: .venv/.has-app  ## train the tiny policy on this machine and watch it; ARG
 	@$(BIN)/tirlab demo $(ARGS)
 
 test: .venv/.has-dev  ## all checks, as in CI: style, notebooks in step with modules, notebooks run, tests
-	@scripts/debian chromium || true
+	@[ -n "$$BROWSER_PATH" ] || scripts/debian chromium || true
 	$(call step,style,ruff check,repair what ruff names (for a file in tirlab, in its notebook))
 	$(call step,notebooks and modules agree,scripts/in_step,commit what has just been brought into step)
 	$(call step,README.md is made from nbs/index.ipynb,scripts/readme --check,run 'make readme' and commit)
@@ -34,7 +34,7 @@ test: .venv/.has-dev  ## all checks, as in CI: style, notebooks in step with mod
 	@printf '\nAll good.\n'
 
 test-slow: .venv/.has-dev  ## what takes minutes: tests marked slow, and the notebooks' cells marked `#| slow`
-	@scripts/debian chromium || true
+	@[ -n "$$BROWSER_PATH" ] || scripts/debian chromium || true
 	$(call step,slow tests,pytest -q -m slow || [ $$? = 5 ],repair what pytest names)
 	$(call step,slow notebooks,scripts/slow_notebooks,run the notebook named above and repair the cell)
 	@printf '\nAll good.\n'
@@ -46,7 +46,7 @@ export: .venv/.has-dev  ## write the modules from the notebooks
 	nbdev-clean && nbdev-export
 
 readme: .venv/.has-dev  ## write README.md from nbs/index.ipynb
-	scripts/readme
+	@scripts/readme
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -155,7 +155,7 @@ def undocumented(source):
 @pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
 def test_public_functions_are_documented(module):
     missing = list(undocumented(module.read_text()))
-    assert missing == []
+    assert not missing, "\n".join(missing)
 
 
 def test_missing_documentation_is_found():
