@@ -26,7 +26,7 @@ def _answer(text):
 def make_row(step=0, row=0, skill=0.5, rank=0, split="train", seed=0, **changes):
     "A trajectory of two or three turns; the better the `skill` (0 to 1), the likelier it is right."
     rng = np.random.default_rng([seed, step, row, rank])
-    a, b, c = (int(x) for x in rng.integers(2, 60, 3))
+    a, b, c = (int(x) for x in np.random.default_rng([seed, step, row // 4]).integers(2, 60, 3))   # one prompt a group
     right, stumbles = rng.random() < skill, rng.random() < 0.4
     answer = (a + b) * c if right else (a + b) * c + int(rng.integers(1, 9))
     parts = [("", True, 0)]

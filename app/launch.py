@@ -1,0 +1,67 @@
+"""Starts the app for a run folder, on this machine only."""
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from tirlab.traces import RunError, open_run
+
+MAIN = Path(__file__).with_name("main.py")
+
+
+def free_port() -> int:
+    "8501 if nobody has it, else one that the system picks."
+    for port in (8501, 0):
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return s.getsockname()[1]
+    raise RunError("No free port was found on 127.0.0.1: name one with --port.")
+
+
+def command(
+    run_path: str | Path,     # a run folder
+    port: int,                # port on 127.0.0.1
+    headless: bool = False,   # do not open a browser
+) -> list[str]:               # arguments of the process
+    "The command that serves the app: loopback only, no usage statistics, no question for an e-mail address."
+    display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    options = {"server.address": "127.0.0.1", "server.port": port, "server.headless": str(headless or not display).lower(),
+               "server.showEmailPrompt": "false", "server.fileWatcherType": "none", "browser.gatherUsageStats": "false",
+               "browser.serverAddress": "127.0.0.1", "client.toolbarMode": "minimal", "client.showErrorLinks": "false",
+               "theme.light.primaryColor": "#2F6FB0", "theme.dark.primaryColor": "#5AA2E0"}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "streamlit", "run", str(MAIN), *flags, "--", str(Path(run_path).resolve())]
+
+
+def launch(
+    run_path: str | Path,       # a run folder
+    port: int | None = None,    # port on 127.0.0.1; None picks a free one
+    headless: bool = False,     # do not open a browser
+) -> int:                       # exit code of the server, 0 after Ctrl-C
+    "Serve the app until it is stopped. Raises: RunError if the folder is no run, the port is taken, or streamlit is missing."
+    open_run(run_path)
+    if importlib.util.find_spec("streamlit") is None:
+        raise RunError('The app needs streamlit: pip install "tirlab[app]".')
+    if port is not None:
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                raise RunError(f"Port {port} is in use: give another one, or none to have one picked.")
+    port = port or free_port()
+    print(f"tirlab app: http://127.0.0.1:{port}  (Ctrl-C stops it)", flush=True)
+    if threading.current_thread() is threading.main_thread():   # a polite kill must not leave the server behind
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    server = subprocess.Popen(command(run_path, port, headless), stdout=subprocess.DEVNULL)
+    try:
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.terminate()
+        server.wait()

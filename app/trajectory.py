@@ -1,0 +1,79 @@
+"""One trajectory, turn by turn, its tokens coloured by a metric."""
+import streamlit as st
+
+from tirlab.app.common import plain, stop, the_run
+from tirlab.plots import SCALES, has_metric, token_html
+from tirlab.traces import RunError
+
+LABELS = {"logprob": "Log-probability", "entropy": "Entropy", "advantage": "Advantage", "mismatch": "Trainer − sampler"}
+GOOD_STOPS = ("answer",)
+
+run = the_run()
+index = run.index().sort_values(["step", "split", "group", "id"], ignore_index=True)
+if index.empty:
+    stop("No trajectory was written yet. They appear here as soon as the first step is done.", ":material/hourglass_empty:")
+chosen = st.query_params.get("id") or index.id.iloc[-1]
+try:
+    row = run.trajectory(chosen)
+except RunError as e:
+    stop(str(e), ":material/link_off:")
+here = int(index.index[index.id == chosen][0])
+
+
+def go(label: str, icon: str, to: int, right: bool = False):
+    "A link to the trajectory at a place in the list."
+    inside = 0 <= to < len(index)
+    st.page_link("trajectory.py", label=label, icon=icon, icon_position="right" if right else "left", disabled=not inside,
+                 query_params={"id": index.id.iloc[to]} if inside else None)
+
+
+def siblings():
+    "The other trajectories of the same prompt, with what each earned."
+    group = index[(index.step == row.step) & (index.split == row.split) & (index.group == row.group)].reset_index(drop=True)
+    if len(group) < 2:
+        return
+    names = {r.id: "–" if r.reward != r.reward else f"{r.reward:g}" for r in group.itertuples()}
+    key = f"group-{chosen}"
+    other = st.segmented_control("Same prompt, by reward", list(names), default=chosen, format_func=names.get, key=key, required=True)
+    if other != chosen:
+        st.switch_page("trajectory.py", query_params={"id": other})
+
+
+def header():
+    "Where it comes from, what it earned and how it ended."
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.subheader(plain(row.id), anchor=False, width="content")
+        if row.reward is not None:
+            best = index.reward.max()
+            st.badge(f"reward {row.reward:g}", icon=":material/star:", color="green" if row.reward == best else "gray")
+        st.badge(plain(row.stop or "unknown stop"), icon=":material/flag:", color="blue" if row.stop in GOOD_STOPS else "orange")
+        if row.failed_calls:
+            st.badge(f"{row.failed_calls} of {row.calls} calls failed", icon=":material/build:", color="red")
+        elif row.calls:
+            st.badge(f"{row.calls} call{'s' * (row.calls > 1)}", icon=":material/build:", color="gray")
+        for name, usual in (("split", "train"), ("origin", "sampled"), ("phase", "rl")):
+            if getattr(row, name) != usual:
+                st.badge(plain(getattr(row, name)), color="violet")
+    parts = [f"step {row.step}", f"group {row.group}", f"{int(row.mask.sum())} tokens written, {len(row.ids)} in all", f"tools took {row.tool_seconds:.2f} s"]
+    parts = [row.environment] * bool(row.environment) + parts
+    parts += [f"{name} {value + 0.0:g}" for name, value in row.rewards.items() if value is not None]
+    st.caption(plain(" · ".join(parts)))
+
+
+with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+    go("Previous", ":material/arrow_back:", here - 1)
+    st.page_link("trajectories.py", label=f"{here + 1:,} of {len(index):,}", icon=":material/list:")
+    go("Next", ":material/arrow_forward:", here + 1, right=True)
+header()
+line = index.iloc[here]
+reference = f"  \n**Reference:** {plain(row.answer)}" if row.answer is not None else ""
+st.markdown(f"**Asked:** {plain(str(line.prompt))}{reference}")
+
+with st.container(horizontal=True, vertical_alignment="bottom", gap="large"):
+    metrics = [name for name in SCALES if has_metric(row, name)]
+    metric = st.segmented_control("Colour tokens by", metrics, default=metrics[0], format_func=LABELS.get, key="metric", required=True,
+                                  persist_state="session") if metrics else "logprob"
+    siblings()
+if not metrics:
+    st.caption("No number was stored for the tokens of this trajectory.")
+st.html(token_html(row, metric, tuple(run.meta().get("control_tokens") or ())))
