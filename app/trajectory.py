@@ -20,11 +20,15 @@ except RunError as e:
 here = int(index.index[index.id == chosen][0])
 
 
-def go(label: str, icon: str, to: int, right: bool = False):
-    "A link to the trajectory at a place in the list."
+def show(name: str):
+    "Turn to another trajectory; the address of the page goes along."
+    st.query_params["id"] = name
+
+
+def go(label: str, icon: str, to: int, side: str = "left"):
+    "A button that turns to the trajectory at a place in the list."
     inside = 0 <= to < len(index)
-    st.page_link("trajectory.py", label=label, icon=icon, icon_position="right" if right else "left", disabled=not inside,
-                 query_params={"id": index.id.iloc[to]} if inside else None)
+    st.button(label, icon=icon, icon_position=side, disabled=not inside, on_click=show, args=(index.id.iloc[to],) if inside else None, key=label)
 
 
 def siblings():
@@ -32,11 +36,10 @@ def siblings():
     group = index[(index.step == row.step) & (index.split == row.split) & (index.group == row.group)].reset_index(drop=True)
     if len(group) < 2:
         return
-    names = {r.id: "–" if r.reward != r.reward else f"{r.reward:g}" for r in group.itertuples()}
-    key = f"group-{chosen}"
-    other = st.segmented_control("Same prompt, by reward", list(names), default=chosen, format_func=names.get, key=key, required=True)
-    if other != chosen:
-        st.switch_page("trajectory.py", query_params={"id": other})
+    names = {r.id: f"#{k}: {'–' if r.reward != r.reward else f'{r.reward:g}'}" for k, r in enumerate(group.itertuples(), 1)}   # no two alike
+    key = f"same prompt as {chosen}"
+    st.segmented_control("Same prompt, with reward", list(names), default=chosen, format_func=names.get, key=key, required=True,
+                         on_change=lambda: show(st.session_state[key]))
 
 
 def header():
@@ -63,7 +66,7 @@ def header():
 with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
     go("Previous", ":material/arrow_back:", here - 1)
     st.page_link("trajectories.py", label=f"{here + 1:,} of {len(index):,}", icon=":material/list:")
-    go("Next", ":material/arrow_forward:", here + 1, right=True)
+    go("Next", ":material/arrow_forward:", here + 1, "right")
 header()
 line = index.iloc[here]
 reference = f"  \n**Reference:** {plain(row.answer)}" if row.answer is not None else ""

@@ -132,6 +132,10 @@ def test_a_trajectory_by_its_link(tmp_path, monkeypatch):
     assert page.count('class="c') > 20 and page.count('<span class="o') == (row.mask == 0).sum() + 1   # and one in the legend
     test.segmented_control(key="metric").set_value("entropy").run()
     assert "Entropy, nats" in tokens(test)
+    test.button(key="Next").click().run()
+    assert trace_id(2, 0, 6) in test.query_params["id"] and trace_id(2, 0, 6) in words(test).replace("\\", "")
+    test.segmented_control(key=f"same prompt as {trace_id(2, 0, 6)}").set_value(row.id).run()
+    assert row.id in test.query_params["id"] and "Entropy, nats" in tokens(test)
 
 
 def test_a_broken_link_and_lost_tokens(tmp_path, monkeypatch):

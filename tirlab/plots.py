@@ -63,8 +63,8 @@ def _curve(fig: go.Figure, metrics: pd.DataFrame, name: str, label: str, color: 
     values = metrics.assign(y=pd.to_numeric(metrics[name]).replace([np.inf, -np.inf], np.nan)).dropna(subset="y").sort_values("step")
     train, held = values[values.split == "train"], values[values.split == "eval"]
     tip = f"%{{y:.3g}}<extra>{label}%{{meta}}</extra>"
-    fig.add_scatter(x=train.step, y=train.y, line=dict(color=color, width=1), opacity=.35, meta="", hovertemplate=tip, row=row, col=1)
-    fig.add_scatter(x=train.step, y=smooth(train.y), line=dict(color=color, width=2.2), hoverinfo="skip", row=row, col=1)
+    fig.add_scatter(x=train.step, y=train.y, mode="lines", line=dict(color=color, width=1), opacity=.35, meta="", hovertemplate=tip, row=row, col=1)
+    fig.add_scatter(x=train.step, y=smooth(train.y), mode="lines" if len(train) > 1 else "markers", line=dict(color=color, width=2.2), hoverinfo="skip", row=row, col=1)
     fig.add_scatter(x=held.step, y=held.y, mode="markers", marker=dict(color=color, size=8, symbol="diamond", line=dict(width=1, color="white")),
                     meta=", held out", hovertemplate=tip, row=row, col=1)
 
