@@ -60,7 +60,7 @@ def live():
 
 
 ticking = run.status() in ("running", "stalled")
-st.fragment(live, run_every=2.0 if ticking else None)()
+st.fragment(live, run_every=1.0 if ticking else None)()
 
 with st.expander("Configuration and versions", icon=":material/tune:"):
     left, right = st.columns(2)
