@@ -30,6 +30,13 @@ def wait_until(condition, seconds=20):
     return condition()
 
 
+def descriptors(process):
+    "Open descriptors once it is quiet: the server closes an execution's socket just after its last word."
+    counts = [process.num_fds(), -1]
+    while counts[-1] != counts[-2]: time.sleep(0.3); counts.append(process.num_fds())
+    return counts[-1]
+
+
 def gone(pid):
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -94,7 +101,7 @@ def test_child_holds_nothing_of_ours(monkeypatch):
 
 def test_leaves_no_process_file_or_descriptor(tmp_path):
     zygote = server()
-    descriptors = zygote.num_fds(), psutil.Process().num_fds()
+    before = descriptors(zygote), descriptors(psutil.Process())
     deep = "import os\nfor _ in range(1500): os.mkdir('d' * 100); os.chdir('d' * 100)"
     locked = f"import os; os.makedirs('a/b'); open('a/b/c', 'w'); os.symlink({str(tmp_path)!r}, 'a/link'); os.chmod('a/b', 0); os.chmod('a', 0)"
     thread = "import threading, time; threading.Thread(target=time.sleep, args=(100,)).start()"
@@ -103,7 +110,7 @@ def test_leaves_no_process_file_or_descriptor(tmp_path):
     with ThreadPoolExecutor(8) as pool: list(pool.map(lambda code: run_python(code, Limits(seconds=1)), codes))
     assert wait_until(lambda: not zygote.children(recursive=True))
     assert server() == zygote
-    assert descriptors == (zygote.num_fds(), psutil.Process().num_fds())
+    assert before == (descriptors(zygote), descriptors(psutil.Process()))
     assert not list(Path(sandbox._server.folder).iterdir())
     assert tmp_path.stat().st_mode & 0o777 == 0o755
 
