@@ -18,7 +18,7 @@ def write_atomic(
     data: bytes,    # its whole new content
 ) -> None:
     "Replace a file in one step: a reader sees all of the old one or all of the new one."
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
