@@ -1,4 +1,6 @@
 """How the run is doing: status, last numbers, curves, and how trajectories end. Follows a run that is going on."""
+from pathlib import Path
+
 import streamlit as st
 
 from tirlab.app.common import badge, plain, span, the_run
@@ -15,8 +17,9 @@ CHART = {"displayModeBar": False}
 
 run = the_run()
 meta = run.meta()
+model = str(meta.get("model") or "unknown model")
 st.subheader(plain(run.path.resolve().name), anchor=False)
-st.caption(plain(f"{meta.get('model') or 'unknown model'} · {run.path.resolve()}"))
+st.caption(plain(f"{Path(model).name if Path(model).is_absolute() else model} · {run.path.resolve()}"))
 
 
 def tiles(metrics):
@@ -27,7 +30,7 @@ def tiles(metrics):
         title, form, what = TILES[name]
         values = train[name].dropna()
         before = values.iloc[-1 - max(len(values) // 10, 1)] if len(values) > 1 else None
-        change = None if before is None else float(values.iloc[-1] - before)
+        change = None if before is None else round(float(values.iloc[-1] - before), 0 if form == "%.0f" else 4) + 0.0   # no -0
         column.metric(title, float(values.iloc[-1]), change, format=form, delta_color="off", border=True, help=what,
                       chart_data=values.tail(200).tolist() if len(values) > 1 else None)
 

@@ -47,8 +47,8 @@ def header():
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.subheader(plain(row.id), anchor=False, width="content")
         if row.reward is not None:
-            best = index.reward.max()
-            st.badge(f"reward {row.reward:g}", icon=":material/star:", color="green" if row.reward == best else "gray")
+            best = row.reward > 0 and row.reward == index.reward.max()
+            st.badge(f"reward {row.reward:g}", icon=":material/star:", color="green" if best else "gray")
         st.badge(plain(row.stop or "unknown stop"), icon=":material/flag:", color="blue" if row.stop in GOOD_STOPS else "orange")
         if row.failed_calls:
             st.badge(f"{row.failed_calls} of {row.calls} calls failed", icon=":material/build:", color="red")

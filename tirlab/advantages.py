@@ -23,12 +23,13 @@ def discounted_returns(
 
 # %% ../nbs/21_advantages.ipynb #25670a94
 def pooled_advantages(
-    returns: Tensor,     # (G, J) returns, nan where there was no such turn
+    returns: Tensor,     # (G, J) returns of one group, nan where there was no such turn
     eps: float = 1e-4,   # keeps a nearly constant group from blowing up; same as TRL's GRPO
+    ddof: int = 1,       # 1 divides the variance by one less than the number of turns, as TRL's GRPO does; 0 by their number
 ) -> Tensor:             # (G, J) advantages, 0 where there was no such turn
     "Returns minus the group's mean, over its standard deviation, all turns pooled. Source: GTPO; the pooled set is inferred."
     turns = returns[~returns.isnan()]
-    spread = turns.std() if len(turns) > 1 else turns.new_zeros(())
+    spread = turns.std(correction=ddof) if len(turns) > ddof else turns.new_zeros(())
     return ((returns - turns.mean()) / (spread + eps)).nan_to_num()
 
 # %% ../nbs/21_advantages.ipynb #ca07b67b
@@ -36,5 +37,5 @@ def spread_to_tokens(
     advantages: Tensor,      # (G, J) advantage of each turn
     turn_of_token: Tensor,   # (G, T) int64, turn that wrote the token, -1 where the model did not write it
 ) -> Tensor:                 # (G, T) advantage of each token
-    "Give every token its turn's advantage, and observations none."
+    "Give every token its turn's advantage, and observations none. Source: GTPO, objective: A_ij for every token of turn j."
     return advantages.gather(1, turn_of_token.clamp(min=0)) * (turn_of_token >= 0)

@@ -1,0 +1,14 @@
+"Everything a user needs: `from tirlab.all import *`."
+from tirlab.advantages import *
+from tirlab.config import *
+from tirlab.engines import *
+from tirlab.environments import *
+from tirlab.evaluate import *
+from tirlab.formats import *
+from tirlab.rewards import *
+from tirlab.rollout import *
+from tirlab.tasks import *
+from tirlab.tiny import *
+from tirlab.traces import *
+from tirlab.trainer import *
+from tirlab.trajectory import *
