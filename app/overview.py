@@ -53,8 +53,8 @@ def live():
         left.plotly_chart(training_curves(metrics), config=CHART, key="curves")
         right.markdown("**How trajectories end**")
         right.plotly_chart(outcomes(index[index.split == "train"]), config=CHART, key="outcomes")
-        right.caption(f"{len(index):,} trajectories · {int(index.calls.sum()):,} tool calls, {int(index.failed_calls.sum()):,} of them failed · "
-                      f"{int(index.tokens.sum()):,} tokens · ran for {span(now.get('heartbeat', 0) - now.get('created', 0))}")
+        right.caption(f"{len(index):,} trajectories · {int(index.calls.sum()):,} tool calls, {int(index.failed_calls.sum()):,} of them failed"
+                      f" · {int(index.tokens.sum()):,} tokens · ran for {span(now.get('heartbeat', 0) - now.get('created', 0))}")
         if run.skipped:
             right.caption(f"{run.skipped} damaged or foreign lines were left out.")
     if status != st.session_state.setdefault("status", status):   # it ended, or came back: tick accordingly

@@ -27,8 +27,8 @@ def show(name: str):
 
 def go(label: str, icon: str, to: int, side: str = "left"):
     "A button that turns to the trajectory at a place in the list."
-    inside = 0 <= to < len(index)
-    st.button(label, icon=icon, icon_position=side, disabled=not inside, on_click=show, args=(index.id.iloc[to],) if inside else None, key=label)
+    there = index.id.iloc[to:to + 1].tolist() if to >= 0 else []
+    st.button(label, icon=icon, icon_position=side, disabled=not there, on_click=show, args=there, key=label)
 
 
 def siblings():
@@ -36,7 +36,8 @@ def siblings():
     group = index[(index.step == row.step) & (index.split == row.split) & (index.group == row.group)].reset_index(drop=True)
     if len(group) < 2:
         return
-    names = {r.id: f"#{k}: {'–' if r.reward != r.reward else f'{r.reward:g}'}" for k, r in enumerate(group.itertuples(), 1)}   # no two alike
+    rewards = group.reward.map(lambda r: "–" if r != r else f"{r:g}")
+    names = {name: f"#{k}: {reward}" for k, (name, reward) in enumerate(zip(group.id, rewards), 1)}   # no two alike, as the widget needs
     key = f"same prompt as {chosen}"
     st.segmented_control("Same prompt, with reward", list(names), default=chosen, format_func=names.get, key=key, required=True,
                          on_change=lambda: show(st.session_state[key]))
@@ -57,8 +58,8 @@ def header():
         for name, usual in (("split", "train"), ("origin", "sampled"), ("phase", "rl")):
             if getattr(row, name) != usual:
                 st.badge(plain(getattr(row, name)), color="violet")
-    parts = [f"step {row.step}", f"group {row.group}", f"{int(row.mask.sum())} tokens written, {len(row.ids)} in all", f"tools took {row.tool_seconds:.2f} s"]
-    parts = [row.environment] * bool(row.environment) + parts
+    parts = [row.environment] * bool(row.environment) + [f"step {row.step}", f"group {row.group}"]
+    parts += [f"{int(row.mask.sum())} tokens written, {len(row.ids)} in all", f"tools took {row.tool_seconds:.2f} s"]
     parts += [f"{name} {value + 0.0:g}" for name, value in row.rewards.items() if value is not None]
     st.caption(plain(" · ".join(parts)))
 

@@ -42,7 +42,8 @@ def tokens(test):
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("run, says", [("nowhere", "no run folder at"), ("foreign", "is not a run folder"), ("newer", "upgrade tirlab"), (None, "No run folder was given")])
+@pytest.mark.parametrize("run, says", [("nowhere", "no run folder at"), ("foreign", "is not a run folder"), ("newer", "upgrade tirlab"),
+                                       (None, "No run folder was given")])
 def test_no_run_is_one_plain_sentence(tmp_path, monkeypatch, page, run, says):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").write_text("mine")
@@ -52,7 +53,7 @@ def test_no_run_is_one_plain_sentence(tmp_path, monkeypatch, page, run, says):
     assert says in test.info[0].value.replace("\\", "") and len(test.info) == 1 and not test.error
 
 
-@pytest.mark.parametrize("page, says", [("overview.py", "Nothing was logged yet"), ("trajectories.py", "No trajectory"), ("trajectory.py", "No trajectory")])
+@pytest.mark.parametrize("page, says", zip(PAGES, ["Nothing was logged yet", "No trajectory was written", "No trajectory was written"]))
 def test_empty_run(tmp_path, monkeypatch, page, says):
     RunWriter(tmp_path / "run", {"model": "tiny"})
     test = app(monkeypatch, tmp_path / "run", page)
@@ -67,7 +68,7 @@ def test_overview(tmp_path, monkeypatch):
     assert len(test.get("plotly_chart")) == 2
 
 
-@pytest.mark.parametrize("status, error, says", [("interrupted", None, "before it was done"), ("failed", "CUDA out of *memory*", r"CUDA out of \*memory\*")])
+@pytest.mark.parametrize("status, error, says", [("interrupted", None, "before it was done"), ("failed", "out of *memory*", r"out of \*memory\*")])
 def test_runs_that_ended_early(tmp_path, monkeypatch, status, error, says):
     make_run(tmp_path / "run", steps=2, status=status, error=error)
     test = app(monkeypatch, tmp_path / "run")
@@ -150,8 +151,8 @@ EVIL = '<img src=x onerror="alert(1)"><script>alert(2)</script></div>'
 
 def test_what_a_policy_writes_is_never_markup(tmp_path, monkeypatch):
     writer = RunWriter(tmp_path / "run", {"model": EVIL, "control_tokens": [EVIL]})
-    row = make_row(1, ids=[1, 2], text=[EVIL, "\u202eevil"], mask=[1, 0], turn=[0, 0], logprob=[-1, float("nan")], entropy=None, advantage=None,
-                   sampling_logprob=None, prompt_text=[EVIL], answer=EVIL, stop=EVIL, environment=EVIL, turn_kinds=[EVIL], origin=EVIL)
+    row = make_row(1, ids=[1, 2], text=[EVIL, "\u202eevil"], mask=[1, 0], turn=[0, 0], logprob=[-1, float("nan")], entropy=None,
+                   advantage=None, sampling_logprob=None, prompt_text=[EVIL], answer=EVIL, stop=EVIL, environment=EVIL, turn_kinds=[EVIL], origin=EVIL)
     writer.append_index(writer.write_tokens(1, [row]))
     writer.close("failed", EVIL)
     for page in PAGES:
@@ -172,7 +173,7 @@ def test_launch_refuses_in_one_sentence(tmp_path):
 
 
 def test_the_app_needs_no_trainer():
-    code = "import sys, tirlab.app.common, tirlab.app.launch, tirlab.plots; sys.exit(any(m in sys.modules for m in ('torch', 'trl', 'transformers')))"
+    code = "import sys, tirlab.app.common, tirlab.app.launch, tirlab.plots; sys.exit(any(m in sys.modules for m in ('torch', 'trl')))"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "--server.address=127.0.0.1" in command("run", 1) and "--browser.gatherUsageStats=false" in command("run", 1)
 

@@ -48,10 +48,13 @@ def _scored(rng, step, row, rank, split, text, mask, turns, right, stumbles, que
     logprob = np.where(wrote, -rng.gamma(0.25, 1.2, n), np.nan)
     rewards = [-0.1] * stumbles + [0.0, float(right)]
     advantages = [float(x) for x in np.round((np.array(rewards) + 0.9 * right - 0.5) * 1.3, 2)]
-    prompt = f"<|im_start|>system\nYou solve problems with tools.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    system = "<|im_start|>system\nYou solve problems with tools.<|im_end|>\n"
+    prompt = f"{system}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     values = {
-        "id": trace_id(step, rank, row, split), "step": step, "scored_at": step, "split": split, "rank": rank, "group": row // 4, "environment": "arithmetic",
-        "reward": float(right), "rewards": {"answer": float(right), "format": -0.1 * stumbles}, "answer": str(answer), "stop": "answer" if right else "max_turns",
+        "id": trace_id(step, rank, row, split), "step": step, "scored_at": step, "split": split, "rank": rank, "group": row // 4,
+        "environment": "arithmetic",
+        "reward": float(right), "rewards": {"answer": float(right), "format": -0.1 * stumbles}, "answer": str(answer),
+        "stop": "answer" if right else "max_turns",
         "turn_kinds": ["tool_call"] * (1 + stumbles) + ["response"], "turn_rewards": rewards, "turn_advantages": advantages, "calls": 1 + stumbles,
         "failed_calls": int(stumbles), "tool_seconds": 0.02, "prompt_text": pieces(prompt), "prompt_ids": range(len(pieces(prompt))),
         "ids": rng.integers(0, 500, n), "text": text, "mask": mask, "turn": turns, "logprob": logprob,

@@ -27,7 +27,8 @@ def as_png(
     width: int = 760,     # of the picture, in CSS pixels; its height is the figure's
 ):                        # IPython Image, or the figure itself if no browser is found
     "A figure as a PNG that a notebook can keep."
-    browser = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    found = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    browser = os.environ.get("BROWSER_PATH") or next(filter(None, found), None)
     if not browser: return fig
     from IPython.display import Image
     os.environ["BROWSER_PATH"] = browser
@@ -47,7 +48,8 @@ def smooth(
 def _bare(fig: go.Figure, height: int) -> go.Figure:
     "No background of its own, thin grid, room for nothing but the data: fits a light page and a dark one."
     fig.update_layout(height=height, margin=dict(l=48, r=12, t=34, b=40), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-                      font=dict(size=12, color="#808792"), hoverlabel=dict(namelength=-1), legend=dict(orientation="h", y=1.02, yanchor="bottom", x=1, xanchor="right"))
+                      font=dict(size=12, color="#808792"), hoverlabel=dict(namelength=-1),
+                      legend=dict(orientation="h", y=1.02, yanchor="bottom", x=1, xanchor="right"))
     fig.update_xaxes(gridcolor="rgba(128,135,146,.12)", zeroline=False)
     fig.update_yaxes(gridcolor="rgba(128,135,146,.22)", zeroline=False, rangemode="tozero", nticks=5)
     return fig
@@ -62,11 +64,12 @@ def _curve(fig: go.Figure, metrics: pd.DataFrame, name: str, label: str, color: 
     "Draw one metric into one panel: measured, smoothed, and points for evaluations."
     values = metrics.assign(y=pd.to_numeric(metrics[name]).replace([np.inf, -np.inf], np.nan)).dropna(subset="y").sort_values("step")
     train, held = values[values.split == "train"], values[values.split == "eval"]
-    tip = f"%{{y:.3g}}<extra>{label}%{{meta}}</extra>"
-    fig.add_scatter(x=train.step, y=train.y, mode="lines", line=dict(color=color, width=1), opacity=.35, meta="", hovertemplate=tip, row=row, col=1)
-    fig.add_scatter(x=train.step, y=smooth(train.y), mode="lines" if len(train) > 1 else "markers", line=dict(color=color, width=2.2), hoverinfo="skip", row=row, col=1)
-    fig.add_scatter(x=held.step, y=held.y, mode="markers", marker=dict(color=color, size=8, symbol="diamond", line=dict(width=1, color="white")),
-                    meta=", held out", hovertemplate=tip, row=row, col=1)
+    tip, place, diamond = f"%{{y:.3g}}<extra>{label}%{{meta}}</extra>", dict(row=row, col=1), dict(size=8, symbol="diamond")
+    fig.add_scatter(x=train.step, y=train.y, mode="lines", line=dict(color=color, width=1), opacity=.35, meta="", hovertemplate=tip, **place)
+    fig.add_scatter(x=train.step, y=smooth(train.y), mode="lines" if len(train) > 1 else "markers", line=dict(color=color, width=2.2),
+                    hoverinfo="skip", **place)
+    fig.add_scatter(x=held.step, y=held.y, mode="markers", marker=dict(color=color, line=dict(width=1, color="white")) | diamond,
+                    meta=", held out", hovertemplate=tip, **place)
 
 # %% ../nbs/33_plots.ipynb #72f3c55c
 def training_curves(
@@ -80,7 +83,8 @@ def training_curves(
     for row, (name, title) in enumerate(shown.items(), 1): _curve(fig, metrics, name, title, COLORS[(row - 1) % len(COLORS)], row)
     fig.update_annotations(x=0, xanchor="left", font=dict(size=13))
     _bare(fig, 74 + 142 * len(shown)).update_layout(showlegend=False, hovermode="x", hoversubplots="axis")
-    return fig.update_xaxes(range=[metrics.step.min(), max(metrics.step.max(), metrics.step.min() + 1)]).update_xaxes(title_text="step", row=len(shown), col=1)
+    first, last = metrics.step.min(), metrics.step.max()
+    return fig.update_xaxes(range=[first, max(last, first + 1)]).update_xaxes(title_text="step", row=len(shown), col=1)
 
 # %% ../nbs/33_plots.ipynb #eb267be0
 STOPS = ("answer", "length", "max_turns", "context", "malformed")   # the usual reasons; others come after them
@@ -96,8 +100,8 @@ def outcomes(
     counts = pd.crosstab((index.step - first) // width * width + first + (width - 1) / 2, index.stop.replace("", "unknown"))
     shares = counts.div(counts.sum(axis=1), axis=0)
     order = [*STOPS, *sorted(set(shares) - set(STOPS))]
-    fig = go.Figure([go.Bar(x=shares.index, y=shares[stop], name=stop, width=width * .9, marker=dict(color=COLORS[i % len(COLORS)], line_width=0),
-                            hovertemplate="%{y:.0%}") for i, stop in enumerate(order) if stop in shares])
+    fig = go.Figure([go.Bar(x=shares.index, y=shares[stop], name=stop, width=width * .9, hovertemplate="%{y:.0%}",
+                            marker=dict(color=COLORS[i % len(COLORS)], line_width=0)) for i, stop in enumerate(order) if stop in shares])
     _bare(fig, 280).update_layout(barmode="stack", hovermode="x unified", showlegend=True, legend_traceorder="normal")
     return fig.update_yaxes(tickformat=".0%", range=[0, 1]).update_xaxes(title_text="step")
 
@@ -173,7 +177,7 @@ def _tip(row: TraceRow, i: int, values: dict) -> str:
     if row.mask[i]:
         known = {name: float(v[i]) for name, v in values.items() if not np.isnan(v[i])}
         names = {"logprob": "log-probability", "mismatch": "trainer minus sampler"}
-        lines += [f"{names.get(name, name)} {v:.4g}" + (f"   (p = {np.exp(v):.3g})" if name == "logprob" else "") for name, v in known.items()]
+        lines += [f"{names.get(name, name)} {v:.4g}" + f"   (p = {np.exp(v):.3g})" * (name == "logprob") for name, v in known.items()]
     else: lines.append("not written by the model")
     return html.escape("\n".join(lines)).replace("\n", "&#10;")
 
@@ -187,16 +191,22 @@ def _span(row: TraceRow, i: int, k: int, values: dict, control: frozenset) -> st
 # %% ../nbs/33_plots.ipynb #26e3bb15
 _STYLE = """
 .tl{font-size:14px;line-height:1.5}
-.tl pre,.tl .text{font:13px/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:0;background:none;padding:0}
+.tl .text{font:13px/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;padding:10px 14px}
+.tl .text{white-space:pre-wrap;overflow-wrap:anywhere}
 .tl section,.tl details{border:1px solid rgba(128,135,146,.28);border-radius:10px;margin:10px 0;overflow:hidden}
-.tl header,.tl summary{display:flex;gap:14px;align-items:baseline;flex-wrap:wrap;padding:7px 14px;background:rgba(128,135,146,.09);font-size:13px}
-.tl summary{cursor:pointer}.tl summary::before{content:"▸"}.tl details[open] summary::before{content:"▾"}.tl header b{font-size:14px}.tl .dim{opacity:.66}.tl .num{margin-left:auto;display:flex;gap:18px;font-variant-numeric:tabular-nums}
-.tl .text{padding:10px 14px}.tl .tool{border-left:3px solid rgba(128,135,146,.55);margin:0 14px 12px;padding:6px 12px;background:rgba(128,135,146,.08);border-radius:0 8px 8px 0}
-.tl .label{font-size:12px;opacity:.66;margin-bottom:2px}.tl span[title]{border-radius:2px}.tl span[title]:hover{outline:1.5px solid currentColor}
-.tl .o{opacity:.72}.tl .u{border-bottom:1px dotted rgba(128,135,146,.9)}.tl .k{box-shadow:inset 0 0 0 1px rgba(128,135,146,.6);padding:0 2px}
-.tl i{font-style:normal;opacity:.42}.tl .legend{display:flex;gap:8px;align-items:center;flex-wrap:wrap;font-size:12px;margin:2px 0 4px}
+.tl header,.tl summary{display:flex;gap:14px;align-items:baseline;flex-wrap:wrap;padding:7px 14px;font-size:13px}
+.tl header,.tl summary{background:rgba(128,135,146,.09)}
+.tl header b{font-size:14px}.tl .num b{font-size:13px}
+.tl summary{cursor:pointer}.tl summary::before{content:"▸"}.tl details[open] summary::before{content:"▾"}
+.tl .dim,.tl .label{opacity:.66}.tl .label{font-size:12px;margin-bottom:2px}
+.tl .num{margin-left:auto;display:flex;gap:18px;font-variant-numeric:tabular-nums}
+.tl .tool{margin:0 14px 12px;padding:6px 12px;background:rgba(128,135,146,.08)}.tl .tool .text{padding:0}
+.tl .tool{border-left:3px solid rgba(128,135,146,.55);border-radius:0 8px 8px 0}
+.tl span[title]{border-radius:2px}.tl span[title]:hover{outline:1.5px solid currentColor}
+.tl .o{opacity:.72}.tl .u{border-bottom:1px dotted rgba(128,135,146,.9)}
+.tl .k{box-shadow:inset 0 0 0 1px rgba(128,135,146,.6);padding:0 2px}.tl i{font-style:normal;opacity:.42}
+.tl .legend{display:flex;gap:8px;align-items:center;flex-wrap:wrap;font-size:12px;margin:2px 0 4px}.tl .gap{margin-left:14px}
 .tl .bar{display:inline-flex;border:1px solid rgba(128,135,146,.35);border-radius:3px;overflow:hidden}.tl .bar b{width:7px;height:13px}
-.tl .gap{margin-left:14px}
 """
 
 def style_html(
@@ -206,30 +216,42 @@ def style_html(
     return "<style>" + _STYLE + "".join(f".tl .c{k}{{background:{class_color(k, SCALES[metric])}}}" for k in range(CLASSES)) + "</style>"
 
 # %% ../nbs/33_plots.ipynb #44e3a853
+def _tag(
+    name: str,      # div, span, ...
+    style: str,     # its class
+    *inner: str,    # HTML
+) -> str:
+    "An HTML element."
+    return f'<{name} class="{style}">{"".join(inner)}</{name}>'
+
 def legend_html(
     metric: str,   # a key of SCALES
 ) -> str:
     "What the colours of a metric mean."
     scale = SCALES[metric]
-    low, high = (f"{x:g}".replace("-", "−") for x in (scale.low, scale.high))
-    return (f'<div class="legend"><span>{scale.label}</span><span class="dim">{low}{"" if scale.low == scale.plain else " or less"}</span><span class="bar">'
-            + "".join(f'<b class="c{k}"></b>' for k in range(CLASSES)) + f'</span><span class="dim">{high}{"" if scale.high == scale.plain else " or more"}</span>'
-            '<span class="u gap">not measured</span><span class="k gap">control token</span><span class="o gap">grey: not written by the model</span></div>')
+    low = f"{scale.low:g}" + " or less" * (scale.low != scale.plain)
+    high = f"{scale.high:g}" + " or more" * (scale.high != scale.plain)
+    bar = _tag("span", "bar", *(_tag("b", f"c{k}") for k in range(CLASSES)))
+    signs = {"u": "not measured", "k": "control token", "o": "grey: not written by the model"}
+    return _tag("div", "legend", _tag("span", "", scale.label), _tag("span", "dim", low.replace("-", "−")), bar, _tag("span", "dim", high),
+                *(_tag("span", f"{k} gap", text) for k, text in signs.items()))
 
 # %% ../nbs/33_plots.ipynb #575d3a71
 def _number(name: str, values: list, j: int) -> str:
     "A named number of turn `j`, nothing if it has none."
     if j >= len(values) or values[j] is None or np.isnan(values[j]): return ""
-    return f'<span>{name} <b>{values[j]:+.2f}</b></span>'.replace("+0.00", "0").replace("-", "−")
+    shown = f"{round(values[j], 2) + 0.0:+.2f}".replace("+0.00", "0").replace("-", "−")
+    return f"<span>{name} <b>{shown}</b></span>"
 
 def _turn_html(row: TraceRow, j: int, parts: list, n: int) -> str:
     "One turn: a head with its numbers, what the model wrote, what the tool answered."
-    kind = row.turn_kinds[j].replace("_", " ") if j < len(row.turn_kinds) else ""
+    kind = html.escape(row.turn_kinds[j].replace("_", " ")) if j < len(row.turn_kinds) else ""
     numbers = _number("reward", row.turn_rewards, j) + _number("advantage", row.turn_advantages, j)
-    body = "".join(f'<div class="text">{t}</div>' if wrote else f'<div class="tool"><div class="label">tool, as the model reads it</div><div class="text" style="padding:0">{t}</div></div>'
-                   for wrote, t in parts)
-    return (f'<section><header><b>Turn {j + 1}</b><span>{html.escape(kind)}</span><span class="dim">{n} {"token" if n == 1 else "tokens"}</span><span class="num">{numbers}</span></header>'
-            f'{body}</section>')
+    size = f"{n} token{'s' * (n != 1)}"
+    head = f"<header><b>Turn {j + 1}</b><span>{kind}</span>{_tag('span', 'dim', size)}{_tag('span', 'num', numbers)}</header>"
+    label = _tag("div", "label", "tool, as the model reads it")
+    body = [_tag("div", "text", text) if wrote else _tag("div", "tool", label, _tag("div", "text", text)) for wrote, text in parts]
+    return f"<section>{head}{''.join(body)}</section>"
 
 # %% ../nbs/33_plots.ipynb #7ea6a2b9
 def turns_html(
@@ -242,7 +264,8 @@ def turns_html(
     classes, control, out = color_class(values[metric], SCALES[metric]), frozenset(control), []
     for j, tokens in groupby(range(len(row.ids)), key=lambda i: int(row.turn[i])):
         tokens = list(tokens)
-        parts = [(wrote, "".join(_span(row, i, classes[i], values, control) for i in part)) for wrote, part in groupby(tokens, key=lambda i: bool(row.mask[i]))]
+        parts = [(wrote, "".join(_span(row, i, classes[i], values, control) for i in part))
+                 for wrote, part in groupby(tokens, key=lambda i: bool(row.mask[i]))]
         out.append(_turn_html(row, j, parts, int(row.mask[tokens].sum())))
     return "".join(out) or '<p class="dim">The completion is empty.</p>'
 
@@ -252,6 +275,7 @@ def token_html(
     metric: str = "logprob",    # a key of SCALES: logprob | entropy | advantage | mismatch
     control: tuple = (),        # texts of the control tokens, to be framed
 ) -> str:                       # HTML; whatever the policy wrote is escaped in it
-    "A trajectory to read: prompt, turns and tool answers, tokens coloured by a metric, with legend. Raises: KeyError for an unknown metric."
-    prompt = f'<details><summary>Prompt <span class="dim">{len(row.prompt_ids)} tokens</span></summary><div class="text">{text_html("".join(row.prompt_text))}</div></details>'
-    return f'<div class="tl">{style_html(metric)}{legend_html(metric)}{prompt}{turns_html(row, metric, control)}</div>'
+    "A trajectory to read: legend, prompt, turns and tool answers, tokens coloured by a metric. Raises: KeyError for an unknown metric."
+    size, text = f"{len(row.prompt_ids)} tokens", text_html("".join(row.prompt_text))
+    prompt = f"<details><summary>Prompt {_tag('span', 'dim', size)}</summary>{_tag('div', 'text', text)}</details>"
+    return _tag("div", "tl", style_html(metric), legend_html(metric), prompt, turns_html(row, metric, control))

@@ -114,7 +114,7 @@ def write_parquet(
 ) -> None:
     "Write trajectories to a Parquet file under a temporary name, then rename it."
     floats = [f"{name}.list.element" for name in FLOATS]
-    others = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in SCHEMA if f.name not in FLOATS and f.name != "rewards"]
+    others = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in SCHEMA if f.name not in {*FLOATS, "rewards"}]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pq.write_table(to_table(rows), temporary, row_group_size=ROWS_PER_GROUP, compression="zstd",

@@ -41,7 +41,7 @@ def read_meta(
     version = meta.get("schema_version") if isinstance(meta, dict) and meta.get("format") == FORMAT else None
     if type(version) is not int: raise RunError(f"{path} is not a tirlab run (its meta.json is of something else): give a run folder.")
     if version > VERSION:
-        raise RunError(f"{path} was written by a newer tirlab (layout {version}, this one reads up to {VERSION}): upgrade tirlab to read it.")
+        raise RunError(f"{path} was written by a newer tirlab (layout {version}, this one reads {VERSION}): upgrade tirlab to read it.")
     return meta
 
 def _no_run(path: Path) -> str:
@@ -223,7 +223,8 @@ def metrics(
         if self._metrics.read() or self._metrics._cache is None:
             frame = pd.DataFrame(self._metrics.records, columns=None if self._metrics.records else ["step", "time", "split"])
             frame = _numbers(frame, frame.columns.drop("split"))
-            self._metrics._cache = frame.groupby(["step", "split"], sort=False, as_index=False).last().sort_values("step", ignore_index=True)
+            merged = frame.groupby(["step", "split"], sort=False, as_index=False).last()
+            self._metrics._cache = merged.sort_values("step", ignore_index=True)
         return self._metrics._cache.copy(deep=False)
 
 # %% ../nbs/31_traces.ipynb #fd2a422a
@@ -238,7 +239,8 @@ def trajectory(
     file = self.path/"tokens"/Path(found.file.iloc[0]).name
     try: return read_row(file, int(found.row.iloc[0]))
     except FileNotFoundError: raise RunError(f"The tokens of {id} are gone: {file} is not there any more.") from None
-    except (OSError, pa.ArrowException, IndexError) as e: raise RunError(f"The tokens of {id} cannot be read from {file}: {str(e).splitlines()[0]}") from None
+    except (OSError, pa.ArrowException, IndexError):
+        raise RunError(f"The tokens of {id} cannot be read: {file} is damaged; other trajectories may still open.") from None
 
 # %% ../nbs/31_traces.ipynb #42bc5926
 @patch
