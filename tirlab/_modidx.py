@@ -99,6 +99,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'tirlab.plots._nothing_yet': ('plots.html#_nothing_yet', 'tirlab/plots.py'),
                               'tirlab.plots._number': ('plots.html#_number', 'tirlab/plots.py'),
                               'tirlab.plots._span': ('plots.html#_span', 'tirlab/plots.py'),
+                              'tirlab.plots._tag': ('plots.html#_tag', 'tirlab/plots.py'),
                               'tirlab.plots._tip': ('plots.html#_tip', 'tirlab/plots.py'),
                               'tirlab.plots._turn_html': ('plots.html#_turn_html', 'tirlab/plots.py'),
                               'tirlab.plots._values': ('plots.html#_values', 'tirlab/plots.py'),
