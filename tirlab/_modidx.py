@@ -210,7 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'tirlab.traces.RunWriter.write_tokens': ('traces.html#runwriter.write_tokens', 'tirlab/traces.py'),
                                'tirlab.traces._no_run': ('traces.html#_no_run', 'tirlab/traces.py'),
                                'tirlab.traces._numbers': ('traces.html#_numbers', 'tirlab/traces.py'),
-                               'tirlab.traces._vacant': ('traces.html#_vacant', 'tirlab/traces.py'),
+                               'tirlab.traces.check_folder': ('traces.html#check_folder', 'tirlab/traces.py'),
                                'tirlab.traces.open_run': ('traces.html#open_run', 'tirlab/traces.py'),
                                'tirlab.traces.read_meta': ('traces.html#read_meta', 'tirlab/traces.py')},
             'tirlab.trainer': { 'tirlab.trainer.TIRTrainer': ('trainer.html#tirtrainer', 'tirlab/trainer.py'),

@@ -28,7 +28,7 @@ class PythonEnvironment:
             code: Python source; the value of a last expression is printed.
         """
         run = run_python(code, self.limits)
-        return run.stdout.strip() if run.status is Status.OK else f"{run.stdout}{run.error or run.status.value}".strip()
+        return str(run) if run.status is not Status.LOST else "The interpreter was interrupted; try again."
 
 # %% ../nbs/03_environments.ipynb #76601b0a
 class LookupEnvironment:

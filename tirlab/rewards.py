@@ -25,7 +25,7 @@ def answer_reward(
 
 # %% ../nbs/20_rewards.ipynb #61d4b2d5
 def format_rewards(
-    trajectory: Trajectory,
+    trajectory: Trajectory, # one rollout
     penalty: float = 0.1,   # taken off a turn with any violation
 ) -> list[float]:           # one number a turn: 0 or -penalty
     "Format reward of each turn. Source: GTPO §3.3, as third parties re-implement it; the first turn must call a tool."

@@ -95,6 +95,7 @@ def make_tasks(
     n: int = 256,               # number of rows
     seed: int = 0,              # same seed, same rows
     level: int | None = None,   # difficulty, see the family; None takes its default
+    instruction: str | None = None,   # system message for every row, e.g. how to write the answer; None for none
 ) -> Dataset:                   # columns prompt, answer, environment, level, pairs, state, ground_truth
     "Rows of one family or of all. Raises: ValueError for an unknown family or split."
     if family != "all" and family not in FAMILIES: raise ValueError(f"Unknown task family {family!r}; choose one of {', '.join(FAMILIES)} or all.")
@@ -105,6 +106,8 @@ def make_tasks(
         row = FAMILIES[names[len(rows) % len(names)]](rng, **kwargs)
         key = (row["prompt"][0]["content"], row["state"])
         if split_of(row) == split and key not in seen: rows.append(row); seen.add(key)
+    if instruction:
+        for row in rows: row["prompt"] = [{"role": "system", "content": instruction}] + row["prompt"]
     return Dataset.from_list(rows)
 
 # %% ../nbs/04_tasks.ipynb #733960f1

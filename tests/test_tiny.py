@@ -1,0 +1,137 @@
+"""The tiny world: a lossless tokenizer, a base policy with something to learn, tasks that do not leak."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_response, supports_tool_calling
+
+from tirlab.environments import environment_tools
+from tirlab.evaluate import evaluate
+from tirlab.formats import ChatFormat, parse_message, turn_kind
+from tirlab.tasks import ENVIRONMENTS, FAMILIES, make_tasks, split_of
+from tirlab.tiny import tiny_policy, tiny_tokenizer
+from tirlab.trajectory import TurnKind
+from tirlab.warmup import FLAWS, LEVELS, copying, demonstrations, make_tiny_policy
+
+TOK = AutoTokenizer.from_pretrained(tiny_policy())
+PIECES = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<|im_end|>", '\n{"name": "', '"}}\n', '", "arguments": {"', "{", "}", '"python"', "1", " ", "\n", '"code": "1"']
+
+
+@given(st.text() | st.lists(st.sampled_from(PIECES) | st.text(max_size=3)).map("".join))
+@settings(max_examples=500, deadline=None)
+def test_decoding_gives_back_any_text(text):
+    ids = TOK.encode(text)
+    assert TOK.decode(ids) == text and ids == tiny_tokenizer_once().encode(text)
+
+
+def tiny_tokenizer_once(made=[]):  # noqa: B006
+    return made[0] if made else made.append(tiny_tokenizer()) or made[0]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=12).map("".join))
+@settings(max_examples=500, deadline=None)
+def test_turns_are_read_as_trl_reads_them(text):
+    prefix = TOK.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False)
+    tools = list(environment_tools(ENVIRONMENTS["arithmetic"]()).values())
+    ids = TOK.encode(text) or [0]
+    assert parse_message(TOK, ids, prefix, tools) == parse_response(TOK, ids, prefix=prefix, tools=tools)
+    assert turn_kind(text) in TurnKind
+
+
+def test_what_trl_needs_of_the_template():
+    assert supports_tool_calling(TOK) and is_chat_template_prefix_preserving(TOK)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    text = TOK.apply_chat_template(messages, tools=list(environment_tools(ENVIRONMENTS["lookup"]()).values()), tokenize=False)
+    assert text == "<|im_start|>system\nfind(name, box) read(key)<|im_end|>\n<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+
+
+def test_the_policy_fits_everywhere():
+    config = AutoModelForCausalLM.from_pretrained(tiny_policy()).config
+    assert config.head_dim == 32 and config.max_position_embeddings >= 4096 and config.tie_word_embeddings
+    assert sum(f.stat().st_size for f in Path(tiny_policy()).iterdir()) < 3 * 2**20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_success_leaves_room_and_signal(family):
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy())
+    assert 0.05 < evaluate(model, TOK, make_tasks(family, "test", 256), ENVIRONMENTS, batch_size=256).success < 0.55
+
+
+def test_the_recipe_rebuilds_an_equivalent_policy_at_reduced_size(tmp_path):
+    losses = make_tiny_policy(tmp_path, rows=60, steps=(150, 30), hidden_size=64, layers=2, seed=5)
+    model, tok = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    shipped = json.loads((Path(tiny_policy()) / "tokenizer.json").read_text())
+    assert json.loads((tmp_path / "tokenizer.json").read_text()) == shipped and tok.chat_template == TOK.chat_template
+    assert sum(losses[-10:]) / 10 < losses[0] / 2
+    reference = AutoModelForCausalLM.from_pretrained(tiny_policy()).config
+    for name in ("model_type", "head_dim", "max_position_embeddings", "vocab_size", "eos_token_id", "pad_token_id"):
+        assert getattr(model.config, name) == getattr(reference, name)
+    result = evaluate(model, tok, make_tasks("arithmetic", "test", 32), ENVIRONMENTS)
+    assert sum(k.kind is not TurnKind.TEXT_POLLUTION for t in result.trajectories for k in t.turns) > 0
+
+
+@pytest.mark.slow
+def test_the_recipe_rebuilds_an_equivalent_policy(tmp_path):
+    make_tiny_policy(tmp_path, seed=1)
+    model, tok = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for family in FAMILIES:
+        assert 0.05 < evaluate(model, tok, make_tasks(family, "test", 256), ENVIRONMENTS).success < 0.55, family
+
+
+def test_demonstrations_repeat_and_are_what_the_policy_will_see():
+    rows = list(make_tasks("all", n=24))
+    first, second = (demonstrations(rows, TOK, FLAWS, seed=3) for _ in range(2))
+    assert [t.completion_ids for t in first] == [t.completion_ids for t in second]
+    for t, row in zip(first, rows):
+        tools = environment_tools(ENVIRONMENTS[row["environment"]]())
+        assert t.prompt_ids == ChatFormat(TOK, list(tools.values())).prompt(row["prompt"])
+    assert copying(3, TOK) == copying(3, TOK)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "all"])
+def test_splits_do_not_overlap(family):
+    rows = {split: make_tasks(family, split, 300) for split in ("train", "test", "content_ood")}
+    questions = {split: {r["prompt"][0]["content"] for r in d} for split, d in rows.items()}
+    assert not questions["train"] & questions["test"] and not questions["content_ood"] & (questions["train"] | questions["test"])
+    for split, d in rows.items():
+        assert all(split_of(r) == split for r in d)
+    assert list(make_tasks(family, "test", 20, seed=1)) == list(make_tasks(family, "test", 20, seed=1)) != list(make_tasks(family, "test", 20, seed=2))
+
+
+def test_no_held_out_pair_occurs_in_warm_up():
+    held_out = {p for f in FAMILIES for r in make_tasks(f, "content_ood", 400) for p in r["pairs"]}
+    seen = {p for f, levels in LEVELS.items() for i, level in enumerate(levels) for r in make_tasks(f, "train", 400, seed=i, level=level) for p in r["pairs"]}
+    assert held_out and seen and not held_out & seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_ground_truth_solves_the_task_and_one_call_does_not(family, level):
+    for row in make_tasks(family, "test", 20, level=level):
+        environment = ENVIRONMENTS[family]()
+        environment.reset(**row)
+        told = []
+        for call in map(json.loads, row["ground_truth"]):
+            try:
+                told.append(getattr(environment, call["name"])(**call["arguments"]))
+            except ValueError as e:
+                told.append(str(e))
+        assert told[-1] == row["answer"]
+        if family != "arithmetic":
+            assert row["answer"] not in told[:-1] and row["answer"] not in row["prompt"][0]["content"]
+
+
+def test_unknown_families_and_splits_are_named():
+    with pytest.raises(ValueError, match="arithmetic, lookup, repair"):
+        make_tasks("algebra")
+    with pytest.raises(ValueError, match="content_ood"):
+        make_tasks("lookup", "validation")
+
+
+def test_losses_are_finite(tmp_path):
+    assert torch.tensor(make_tiny_policy(tmp_path, rows=5, steps=(3, 2), hidden_size=32, layers=1)).isfinite().all()
