@@ -64,13 +64,13 @@ def demo(
     from tirlab.recipes import demo as run, transcript
     say = (lambda *a: print(*a, file=sys.stderr)) if args.json else print
     result = run(args.steps, args.advantage, args.seed, args.out, say=say)
-    before, after, tasks = (result.pop(k) for k in ("before", "after", "tasks"))
+    after, tasks = result["after"], result["tasks"]
     say(f"\nSuccess on {len(tasks)} held-out tasks: {result['success_before']:.0%} before, {result['success_after']:.0%} after "
         f"({result['seconds']:.0f} s of training, {result['rollouts_per_second']:.0f} rollouts a second).\n")
     for i in range(3):
         say(f"{transcript(tasks[i]['prompt'] + after.trajectories[i].messages)}\n{'reward':>10}  {after.rewards[i]:.0f}\n")
     say(f"Run folder: {result['run_dir']}\nLook at it:  tirlab app {result['run_dir']}")
-    if args.json: print(json.dumps(result))
+    if args.json: print(json.dumps({k: v for k, v in result.items() if isinstance(v, (int, float, str))}))
     return 0
 
 # %% ../nbs/50_cli.ipynb #f99ce784
@@ -78,7 +78,6 @@ def app(
     args: argparse.Namespace,   # run, port
 ) -> int:                       # exit status
     "Open the app on a run folder."
-    if not installed("streamlit"): raise ValueError("The app needs streamlit, which is not installed: pip install 'tirlab[app]'.")
     from tirlab.app.launch import launch
     return launch(args.run, args.port) or 0
 
@@ -110,4 +109,4 @@ def main(
     args = parser().parse_args(argv)
     try: return args.run(args)
     except (RunError, ValueError, OSError) as e: print(f"tirlab: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("tirlab: interrupted.", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("tirlab: interrupted; a run folder that was begun can be opened as it is: tirlab app RUN", file=sys.stderr); return 130

@@ -62,7 +62,7 @@ def _check_values(args):
 
 # %% ../nbs/40_config.ipynb #4a309397
 def rollout_limits(
-    args: TIRConfig,
+    args: TIRConfig,       # of the trainer
     context_tokens: int,   # longest sequence the model takes
     has_tools: bool,       # without tools there is one turn, whatever it looks like
 ) -> RolloutLimits:
@@ -124,7 +124,7 @@ def check_tokenizer(
 # %% ../nbs/40_config.ipynb #2267187f
 def check_budget(
     max_completion_length: int,   # tokens
-    tokenizer: Any,
+    tokenizer: Any,               # of the policy
     tools: list[Callable],        # tools offered
 ) -> None:
     "Raises: ValueError, in one sentence, where the budget cannot hold the shortest call of a tool."

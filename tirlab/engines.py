@@ -49,7 +49,7 @@ def generate(
     model: Any,                   # causal language model
     tokenizer: Any,               # its tokenizer: pad and end-of-turn tokens
     prompts: list[list[int]],     # B token lists
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),   # how to draw
 ) -> list[Sampled]:               # B turns
     "Sample one turn for each prompt with transformers' `generate`."
     ids, mask = _pad_left(prompts, tokenizer.pad_token_id, model.device)

@@ -52,8 +52,8 @@ def evaluate(
     dataset: Dataset,                # rows with `prompt` and what environment and reward need
     environment_factory: Callable | dict | None = None,   # as for the trainer
     reward: Callable = answer_reward,                     # TRL reward function
-    sampling: Sampling = Sampling(seed=0),
-    limits: RolloutLimits = RolloutLimits(),
+    sampling: Sampling = Sampling(seed=0),    # how to draw
+    limits: RolloutLimits = RolloutLimits(),  # what a rollout may use
     batch_size: int = 128,           # rollouts at once
 ) -> Evaluation:
     "Roll out every row once and score it; same seed, same result on a CPU."

@@ -25,8 +25,9 @@ from .trainer import TIRTrainer
 
 # %% ../nbs/44_recipes.ipynb #cd2dee0b
 def _said(message):
-    calls = [c["function"] for c in message.get("tool_calls") or []]
-    return [message["content"]] * bool(message["content"] or not calls) + [f"{f['name']}({', '.join(f'{k}={v!r}' for k, v in f['arguments'].items())})" for f in calls]
+    calls = [c.get("function", c) for c in message.get("tool_calls") or []]
+    given = lambda a: ", ".join(f"{k}={v!r}" for k, v in a.items()) if isinstance(a, dict) else repr(a)
+    return [message["content"]] * bool(message["content"] or not calls) + [f"{f['name']}({given(f['arguments'])})" for f in calls]
 
 def transcript(
     messages: list[dict],   # a conversation: prompt and completion
@@ -55,7 +56,7 @@ def demo(
     run_dir: str | None = None,  # run folder to write; None makes a new one in runs/
     held_out: int = 128,         # tasks to measure success on
     say: Callable = print,       # where progress is told
-) -> dict:                       # success_before, success_after, seconds (of training), rollouts_per_second, run_dir, and two evaluations
+) -> dict:                       # success_before, success_after, seconds (of training), rollouts_per_second, run_dir; and what they come from
     "Train the tiny policy on arithmetic with a Python tool, on a CPU. Raises: ValueError or RunError, in one sentence, for bad arguments."
     if steps < 1: raise ValueError(f"--steps {steps} trains nothing; give at least 1.")
     run_dir = run_dir or str(Path("runs")/time.strftime("demo-%Y%m%d-%H%M%S"))
@@ -73,4 +74,4 @@ def demo(
     seconds = time.perf_counter() - start
     after = evaluate(trainer.model, trainer.processing_class, test, PythonEnvironment)
     return dict(success_before=before.success, success_after=after.success, seconds=seconds, rollouts_per_second=64 * steps / seconds,
-                run_dir=str(trainer.run_dir), before=before, after=after, tasks=test)
+                run_dir=str(trainer.run_dir), before=before, after=after, tasks=test, model=trainer.model, tokenizer=trainer.processing_class)

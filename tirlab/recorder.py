@@ -6,8 +6,7 @@
 __all__ = ['trace_row', 'Recorder']
 
 # %% ../nbs/34_recorder.ipynb #7dbde839
-import os, threading
-from contextlib import contextmanager
+import threading
 from functools import lru_cache
 from typing import Any, Callable
 
@@ -21,7 +20,7 @@ from .trajectory import Trajectory
 
 # %% ../nbs/34_recorder.ipynb #3728f099
 def trace_row(
-    t: Trajectory,
+    t: Trajectory,                        # one rollout
     piece: Callable[[int], str],          # text of one token
     logprob: np.ndarray | None = None,    # (T,) nats, None where the loss has not seen it
     entropy: np.ndarray | None = None,    # (T,) nats

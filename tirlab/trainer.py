@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 # %% ../nbs/41_trainer.ipynb #de432a01
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from fastcore.basics import patch
 from transformers import AutoProcessor
 from trl import GRPOTrainer
@@ -27,7 +27,7 @@ from .formats import CONTROL_TOKENS, ChatFormat
 from .recorder import Recorder
 from .rewards import format_rewards, turn_rewards
 from .rollout import rollouts
-from .traces import RunWriter, trace_id
+from .traces import RunWriter, check_folder, trace_id
 from .trajectory import StopReason, ToolError, TurnKind
 
 # %% ../nbs/41_trainer.ipynb #7aac6e8e
@@ -50,6 +50,7 @@ class TIRTrainer(GRPOTrainer):
         args, rewards = args or TIRConfig(), reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         for dataset in (train_dataset, eval_dataset): check_columns(dataset, rewards, environment_factory)
         check_tools(tools, environment_factory)
+        if args.trace and args.run_dir: check_folder(args.run_dir)
         name = model if isinstance(model, str) else model.config._name_or_path
         if processing_class is None: processing_class = AutoProcessor.from_pretrained(name, truncation_side="left", padding_side="left")
         talks = getattr(train_dataset, "column_names", None) and "prompt" in train_dataset.column_names and is_conversational(next(iter(train_dataset)))
@@ -167,23 +168,29 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
 
 # %% ../nbs/41_trainer.ipynb #88c35fdd
 @patch
+def _step_on_record(self: TIRTrainer):
+    "The step under which TRL will log what happens now: in training the one that is under way, in evaluation the last one done."
+    return self.state.global_step + self.model.training
+
+# %% ../nbs/41_trainer.ipynb #d84c0dd0
+@patch
 def _open_records(self: TIRTrainer, inputs, by_turn, rewards, advantages):
     "Hand the sampled batch to the recorder; the numbers of its rows as a (B,) tensor."
-    rank, step, n = self.accelerator.process_index, self.state.global_step, len(self._batch)
+    rank, step, n = self.accelerator.process_index, self._step_on_record(), len(self._batch)
     size, split = (self.num_generations, "train") if self.model.training else (self.num_generations_eval, "eval")
     local, weights, fields = self._local(self._rewards), self.reward_weights.to(self._rewards.device), []
-    start = self._rows_of_step.get(step, 0)
-    self._rows_of_step = {step: start + n}
+    start = self._rows_of_step.get((split, step), 0)
+    self._rows_of_step = {(split, step): start + n}
     for i, (t, x) in enumerate(zip(self._batch, inputs)):
         scores = {name: None if r.isnan() else r.item() for name, r in zip(self.reward_func_names, local[i])}
         total = None if local[i].isnan().all() else (local[i] * weights).nansum().item()
         by_turn_rewards = rewards[i, :len(t.turns)].tolist() if rewards is not None else [0.0] * (len(t.turns) - 1) + [total or 0.0] * bool(t.turns)
-        fields.append(dict(id=trace_id(step, rank, start + i), step=step, rank=rank, group=(rank * n + start + i) // size, split=split, environment=x.get("environment"),
+        fields.append(dict(id=trace_id(step, rank, start + i, split), step=step, rank=rank, group=(rank * n + start + i) // size, split=split, environment=x.get("environment"),
                            reward=total, rewards=scores, answer=x.get("answer"), turn_rewards=by_turn_rewards, turn_advantages=by_turn[i, :len(t.turns)].tolist(),
                            advantage=advantages[i, :len(t.completion_ids)].tolist()))
     return torch.tensor(self._recorder.add(self._batch, fields), device=advantages.device)
 
-# %% ../nbs/41_trainer.ipynb #d84c0dd0
+# %% ../nbs/41_trainer.ipynb #6b38ca3f
 @patch
 def _get_per_token_logps_and_entropies(self: TIRTrainer, *args, **kwargs):
     "TRL's, keeping the last result that has entropies: the one of the loss."
@@ -195,7 +202,7 @@ def _get_per_token_logps_and_entropies(self: TIRTrainer, *args, **kwargs):
 def _compute_loss(self: TIRTrainer, model, inputs):
     "TRL's loss; what it computed about each token goes to the record."
     loss = super(TIRTrainer, self)._compute_loss(model, inputs)
-    if self._recorder and "record" in inputs and self._recorder.score(inputs["record"].tolist(), *self._scores, self.state.global_step):
+    if self._recorder and "record" in inputs and self._recorder.score(inputs["record"].tolist(), *self._scores, self._step_on_record()):
         self._recorder.write(gather_object)
     return loss
 
@@ -210,11 +217,16 @@ def log(self: TIRTrainer, logs, start_time=None):
     self._recorder.beat(self.state.global_step)
 
 # %% ../nbs/41_trainer.ipynb #f9ab3b37
+def _new_folder(parent):
+    "A path in `parent` named by the time, that does not exist yet."
+    path = os.path.join(parent, time.strftime("run-%Y%m%d-%H%M%S"))
+    return next(p for i in range(1, 10**6) if not os.path.exists(p := path if i == 1 else f"{path}-{i}"))
+
 @patch
 def _open_run(self: TIRTrainer):
     "A recorder on a new run folder, or on the one this trainer has already written to."
     again = self._rows_of_step is not None
-    if self.run_dir is None: self.run_dir = os.path.join(self.args.output_dir, time.strftime("run-%Y%m%d-%H%M%S"))
+    if self.run_dir is None: self.run_dir = broadcast_object_list([_new_folder(self.args.output_dir)])[0]
     if not again: self._rows_of_step = {}
     meta = dict(model=self.model.config._name_or_path, config=self.args.to_dict(), control_tokens=list(CONTROL_TOKENS), tools=[t.__name__ for t in self.tools],
                 versions={m.__name__: m.__version__ for m in (tirlab, torch, __import__("transformers"), __import__("trl"))})

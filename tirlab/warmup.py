@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 # %% ../nbs/13_warmup.ipynb #1fae18c9
 from .engines import Sampled
@@ -129,19 +130,21 @@ def warm_up(
     lr: float = 3e-3,                  # highest learning rate
     batch_size: int = 32,
     seed: int = 0,
+    by_token: bool = True,             # divide a batch's loss by its own tokens; else by those of an average batch
     pad: int = 0,                      # any token; padding is masked
 ) -> list[float]:                      # loss of each step, nats a token
     "Next-token training on the tokens the model is to write."
     data = [(t.prompt_ids + t.completion_ids, [0] * len(t.prompt_ids) + t.mask) for t in demos]
+    written = sum(sum(mask) for _, mask in data) / len(data) * batch_size   # tokens to learn in an average batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule, losses = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1), []
+    schedule, losses = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps), []
     with tqdm(_batches(data, steps, batch_size, random.Random(seed)), total=steps, desc="warm-up", disable=not sys.stderr.isatty()) as bar:
         for batch in bar:
             width = max(len(ids) for ids, _ in batch)
             ids = torch.tensor([i + [pad] * (width - len(i)) for i, _ in batch])
             keep = torch.tensor([m + [0] * (width - len(m)) for _, m in batch])[:, 1:] == 1
             hidden = model.model(ids[:, :-1]).last_hidden_state[keep]
-            loss = F.cross_entropy(F.linear(hidden, model.lm_head.weight), ids[:, 1:][keep])
+            loss = F.cross_entropy(F.linear(hidden, model.lm_head.weight), ids[:, 1:][keep], reduction="sum") / (len(hidden) if by_token else written)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step(); schedule.step(); optimizer.zero_grad()
@@ -154,7 +157,7 @@ LEVELS = {"arithmetic": (1, 2, 2), "lookup": (1, 1, 2), "repair": (1, 1, 2)}   #
 def make_tiny_policy(
     out: str,                              # folder to save to
     rows: int = 1600,                      # demonstrations a family and level
-    steps: tuple[int, int] = (2000, 600),  # optimiser steps of the two stages
+    steps: tuple[int, int] = (1800, 600),  # optimiser steps of the two stages
     hidden_size: int = 96,
     layers: int = 3,
     seed: int = 0,
@@ -164,6 +167,6 @@ def make_tiny_policy(
     tasks = [r for f, levels in LEVELS.items() for i, l in enumerate(levels) for r in make_tasks(f, "train", rows, seed=seed * 3 + i, level=l)]
     model = tiny_model(tok, hidden_size, layers, seed)
     losses = warm_up(model, demonstrations(tasks, tok, None, seed) + copying(rows * 4, tok, seed), steps[0], seed=seed)
-    losses += warm_up(model, demonstrations(tasks, tok, FLAWS, seed + 1), steps[1], lr=1e-3, seed=seed + 1)
+    losses += warm_up(model, demonstrations(tasks, tok, FLAWS, seed + 1), steps[1], 1e-3, seed=seed + 1, by_token=False)
     model.save_pretrained(out); tok.save_pretrained(out)
     return losses
