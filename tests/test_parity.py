@@ -2,10 +2,13 @@
 
 Intended differences, each with the value that gives TRL's behaviour, used throughout this file:
   malformed_calls="stop"        TRL takes a broken call as the answer; by default the model is told and goes on
-  max_observation_chars=None    TRL never cuts tool output
+  max_observation_chars=None    TRL never cuts tool output, and ends a rollout whose tool's answer does not fit
   tool_timeout=None             TRL waits for a tool for ever (the default here too)
-  tool_workers=1                TRL runs tools one after another
+  tool_workers=1                TRL runs tools one after another, in the trainer's thread
+  logging_steps=10              TRL's default
+  gradient_checkpointing=True   TRL's default, also on a CPU
   trace=False                   TRL writes no run folder (traces are written here, to show that they change nothing)
+Without an option: tools that return lists of content blocks (images) are for TRL's trainer; here everything a tool returns becomes text.
 """
 
 import json
@@ -20,6 +23,8 @@ from tirlab.all import TIRConfig, TIRTrainer, open_run, tiny_policy
 from tirlab.tasks import ENVIRONMENTS, make_tasks
 
 TOK = AutoTokenizer.from_pretrained(tiny_policy())
+BARE = AutoTokenizer.from_pretrained(tiny_policy(), padding_side="left")
+del BARE.response_template
 GROUP, BUDGET = 8, 224
 
 
@@ -42,7 +47,7 @@ def first_turns(name, good, bad):
     ]
 
 
-def scripted(firsts):
+def scripted(firsts, logprobs=False):
     "A stand-in for sampling: completions are a function of the prompt, and of its place among equal prompts."
     def generate(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         seen, out = {}, []
@@ -55,7 +60,7 @@ def scripted(firsts):
             else:
                 text = [firsts[0], firsts[draw % len(firsts)], "7", "a long answer " * 30, "</tool_call>"][draw // 8 % 5]
             out.append(TOK.encode(text + "<|im_end|>")[:BUDGET])      # as max_new_tokens would
-        return out, None
+        return out, [[-(i % 7) / 10 for i in ids] for ids in out] if logprobs else None
     return generate
 
 
@@ -119,6 +124,8 @@ SETUPS = {
     "dict": (dict(environment_factory=ENVIRONMENTS, tools=[repeat]), first_turns("python", {"code": "37+48"}, {"code": 1}) + first_turns("find", {"name": "rab", "box": 1}, {"name": "x", "box": 0})),
     "functions": (dict(tools=[repeat, wait]), first_turns("repeat", {"text": "a", "times": 3}, {"text": "a", "times": "b"}) + [call("wait", text="w") + call("repeat", text="a", times=2)]),
     "no tools": ({}, ["42", "7", "x" * 400, "<tool_call>"]),
+    "no response template": (dict(processing_class=BARE), ["42", "<tool_call>{}</tool_call>", "x" * 400, "<tool_call>"]),
+    "sampler's logprobs": (dict(environment_factory=Echo), first_turns("say", {"text": "hi"}, {"text": "bad"})),
 }
 
 
@@ -133,7 +140,7 @@ def run(trainer_class, setup, tmp_path, monkeypatch, steps=3, **options):
         args = TIRConfig(malformed_calls="stop", max_observation_chars=None, tool_workers=1, **common)
     else:
         args = GRPOConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, **common)
-    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted(firsts))
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted(firsts, setup == "sampler's logprobs"))
     tasks = make_tasks("all", n=12)
     trainer = trainer_class(tiny_policy(), [messy_reward], args, tasks, tasks.select(range(2)), **kwargs)
     batches, losses, grads = [], [], []
@@ -185,7 +192,7 @@ def test_steps_equal_trl(accumulation, iterations, tmp_path, monkeypatch):
     assert (ours["index"].failed_calls > 0).any() and (ours["index"].turns > 1).any() and ours["index"].scored_at.notna().all()
 
 
-@pytest.mark.parametrize("setup", ["dict", "functions", "no tools"])
+@pytest.mark.parametrize("setup", [s for s in SETUPS if s != "class"])
 def test_setups_equal_trl(setup, tmp_path, monkeypatch):
     theirs, ours = (run(c, setup, tmp_path, monkeypatch, steps=2) for c in (GRPOTrainer, TIRTrainer))
     assert_same(ours, theirs)

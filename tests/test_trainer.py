@@ -62,9 +62,17 @@ def test_gtpo_advantages_reach_the_loss(tmp_path):
         out = inner(inputs)
         seen.append((trainer._batch, out, answer_reward([t.messages for t in trainer._batch], [x["answer"] for x in inputs])))
         return out
-    trainer._generate_and_score_completions = score
+    losses, inner_loss = [], trainer._compute_loss
+    def loss(model, inputs):
+        losses.append(inner_loss(model, inputs).detach())
+        mask, advantages = inputs["completion_mask"] * inputs["tool_mask"], inputs["advantages"]      # ratio 1 on the first pass: the loss is minus the mean advantage
+        assert losses[-1].item() == pytest.approx(-((advantages * mask).sum() / mask.sum()).item(), abs=1e-5)
+        return inner_loss(model, inputs)
+    trainer._generate_and_score_completions, trainer._compute_loss = score, loss
     trainer.train()
     assert any(len(t.turns) > 1 for t in seen[0][0])
+    plain = [o.clone() for o in losses]
+    assert len(plain) == 2
     for batch, out, reward in seen:
         returns = discounted_returns(turn_rewards([format_rewards(t, 0.3) for t in batch], torch.tensor(reward)), 0.8)
         expected = torch.cat([pooled_advantages(g) for g in returns.split(8)])
@@ -78,7 +86,7 @@ def test_gtpo_advantages_reach_the_loss(tmp_path):
     t = next(t for t in seen[0][0] if len(t.turns) > 1)
     row = recorded[tuple(t.prompt_ids + t.completion_ids)]
     model_written = [bool(m) for m in row.mask]
-    assert (row.advantage[[not m for m in model_written]] == 0).all() and torch.tensor(row.logprob[model_written]).lt(0).all()
+    assert len(row.turn_advantages) == len(t.turns) and (row.advantage[[not m for m in model_written]] == 0).all() and torch.tensor(row.logprob[model_written]).lt(0).all()
 
 
 def test_same_seed_same_run(tmp_path):
@@ -136,7 +144,65 @@ def test_wrong_input_gets_one_sentence(case, tmp_path):
                              environment_factory=change.get("environment_factory", PythonEnvironment))
         trainer.train()
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists() and [f.name for f in (tmp_path / "taken").iterdir()] == ["thesis.tex"]
+    assert not (tmp_path / "run").exists() and not out.exists() and [f.name for f in (tmp_path / "taken").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("option", [dict(loss_type="vespo"), dict(off_policy_mask_threshold=0.5), dict(scale_rewards="batch"), dict(multi_objective_aggregation="normalize_then_sum"),
+                                    dict(gamma=1.5), dict(malformed_calls="ignore"), dict(tool_workers=0)])
+def test_options_without_a_meaning_are_refused_by_name(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        TIRConfig(advantage="gtpo", **option)
+
+
+def test_a_second_train_and_odd_columns_keep_all_records(tmp_path):
+    "Answers that are numbers, a larger evaluation batch, TRL's own table of completions, and train() twice: nothing is lost."
+    tasks = make_tasks("arithmetic", n=8)
+    tasks = tasks.remove_columns("answer").add_column("answer", [int(a) for a in tasks["answer"]])
+    args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), advantage="gtpo", per_device_eval_batch_size=32, log_completions=True, **SMALL)
+    trainer = TIRTrainer(tiny_policy(), [answer_reward], args, tasks, {"held out": make_tasks("arithmetic", "test", 4)}, environment_factory=PythonEnvironment)
+    trainer.train()
+    trainer.evaluate()
+    first = open_run(tmp_path / "run").index()
+    assert len(first) == 64 and set(first.split) == {"train", "eval"} and first.groupby(["split", "step", "group"]).prompt.nunique().eq(1).all()
+    trainer.train()
+    assert trainer.run_dir == str(tmp_path / "run-2") and len(open_run(trainer.run_dir).index()) == 32 and len(open_run(tmp_path / "run").index()) == 64
+
+
+def test_training_goes_on_from_a_checkpoint_into_the_same_folder(tmp_path):
+    def trainer(steps):
+        args = TIRConfig(output_dir=str(tmp_path / "out"), run_dir=str(tmp_path / "run"), **SMALL | dict(max_steps=steps, save_strategy="steps", save_steps=2))
+        return TIRTrainer(tiny_policy(), [answer_reward], args, make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
+    trainer(2).train()
+    with pytest.raises(RunError, match="already holds a run"):
+        trainer(4).train()
+    trainer(4).train(resume_from_checkpoint=True)
+    index = open_run(tmp_path / "run").index()
+    assert sorted(set(index.step)) == [1, 2, 3, 4] and len(index) == 64
+
+
+def test_a_tool_that_times_out_is_told_and_its_environment_retired(tmp_path):
+    class Slow:
+        made = []
+        def __init__(self):
+            Slow.made.append(self)
+        def reset(self, **row):
+            pass
+        def python(self, code: str) -> str:
+            """
+            Take too long.
+
+            Args:
+                code: Anything.
+            """
+            time.sleep(1)
+            return "late"
+    args = TIRConfig(output_dir=str(tmp_path), tool_timeout=0.05, run_dir=str(tmp_path / "run"), **SMALL | dict(max_steps=1))
+    trainer = TIRTrainer(tiny_policy(), [answer_reward], args, make_tasks("arithmetic", n=8), environment_factory=Slow)
+    start = time.perf_counter()
+    trainer.train()
+    run = open_run(tmp_path / "run")
+    late = [i for i in run.index().id if "timed out after 0.05 s" in "".join(run.trajectory(i).text)]
+    assert late and len(Slow.made) >= 16 + len(late) and time.perf_counter() - start < 60
 
 
 @pytest.mark.parametrize("argv", [["app", "/nowhere"], ["demo", "--steps", "0"], ["demo", "--out", "."]])

@@ -9,6 +9,6 @@ from tirlab.rewards import *
 from tirlab.rollout import *
 from tirlab.tasks import *
 from tirlab.tiny import *
-from tirlab.traces import *
+from tirlab.traces import Run as Run, RunError as RunError, RunWriter as RunWriter, open_run as open_run
 from tirlab.trainer import *
 from tirlab.trajectory import *

@@ -92,11 +92,12 @@ def environment_tools(
 
 # %% ../nbs/03_environments.ipynb #4b0c0aaf
 def check_tool(
-    tool: Callable,   # function or bound method offered to the model
+    tool: Callable,   # function or bound method to be offered to the model
 ) -> None:
     "Raises: ValueError, in one sentence, where a tool lacks a type hint, a docstring or the description of an argument."
     from transformers.utils import get_json_schema
     from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+    if not inspect.isroutine(tool): raise ValueError(f"The tool {tool!r} is not a plain function or method; write one with `def`, with type hints and a docstring.")
     for name, p in inspect.signature(tool).parameters.items():
         if p.annotation is p.empty:
             raise ValueError(f"Tool `{tool.__name__}`: argument `{name}` has no type hint; write e.g. `{name}: str`, so that the model can be told what to pass.")

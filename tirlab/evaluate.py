@@ -6,7 +6,7 @@
 __all__ = ['Evaluation', 'evaluate']
 
 # %% ../nbs/43_evaluate.ipynb #ccc950be
-import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
@@ -15,7 +15,7 @@ from typing import Any, Callable
 from datasets import Dataset
 
 # %% ../nbs/43_evaluate.ipynb #48fbc3f1
-from .engines import Sampling, generate
+from .engines import Sampling, end_tokens, generate, seeded
 from .environments import environment_tools
 from .formats import ChatFormat
 from .rewards import answer_reward
@@ -23,46 +23,55 @@ from .rollout import RolloutLimits, rollouts
 from .trajectory import Trajectory
 
 # %% ../nbs/43_evaluate.ipynb #8741ec22
-def _prepare(row, environment_factory, tokenizer):
-    "Format, tools and prompt tokens of one dataset row."
-    factory = environment_factory[row["environment"]] if isinstance(environment_factory, dict) else environment_factory
+def _prepare(row, environment_factory, tools, tokenizer, ends):
+    "Format, tools, prompt tokens and environment of one dataset row."
+    many = isinstance(environment_factory, dict)
+    factory = environment_factory[row["environment"]] if many else environment_factory
     environment = factory() if factory else None
-    shown = environment.reset(**row) if environment else None
+    shown = environment.reset(**{k: v for k, v in row.items() if not (many and k == "environment")}) if environment else None
     prompt = row["prompt"] if not shown else row["prompt"][:-1] + [row["prompt"][-1] | {"content": row["prompt"][-1]["content"] + shown}]
-    tools = environment_tools(environment)
-    format = ChatFormat(tokenizer, list(tools.values()))
-    return format, tools, format.prompt(prompt)
+    named = environment_tools(environment, tools)
+    format = ChatFormat(tokenizer, list(named.values()), end_tokens=ends)
+    return format, named, format.prompt(prompt)
 
 # %% ../nbs/43_evaluate.ipynb #1a8e9e5b
 @dataclass(frozen=True)
 class Evaluation:
     "What a policy did on a data set."
     trajectories: list[Trajectory]   # one a row
-    rewards: list[float]             # one a row
+    rewards: list[float | None]      # one a row; None where the reward function gave none
 
     @property
     def success(self) -> float:
         "Share of rows with a reward of at least 1."
-        return sum(r >= 1 for r in self.rewards) / len(self.rewards)
+        return sum(r is not None and r >= 1 for r in self.rewards) / len(self.rewards)
 
 # %% ../nbs/43_evaluate.ipynb #2a7e61a9
+@contextmanager
+def _evaluating(model):
+    training = model.training
+    try: yield model.eval()
+    finally: model.train(training)
+
 def evaluate(
     model: Any,                      # causal language model
     tokenizer: Any,                  # its tokenizer
     dataset: Dataset,                # rows with `prompt` and what environment and reward need
     environment_factory: Callable | dict | None = None,   # as for the trainer
     reward: Callable = answer_reward,                     # TRL reward function
-    sampling: Sampling = Sampling(seed=0),    # how to draw
+    tools: list[Callable] | None = None,                  # plain functions, as for the trainer
+    sampling: Sampling = Sampling(),          # how to draw
     limits: RolloutLimits = RolloutLimits(),  # what a rollout may use
+    seed: int | None = 0,            # of the draws; None goes on with the global generator
     batch_size: int = 128,           # rollouts at once
 ) -> Evaluation:
-    "Roll out every row once and score it; same seed, same result on a CPU."
-    done, training = [], model.training
-    model.eval()
-    for start in range(0, len(dataset), batch_size):
-        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        formats, tools, prompts = zip(*(_prepare(r, environment_factory, tokenizer) for r in rows))
-        done += rollouts(list(prompts), partial(generate, model, tokenizer, sampling=sampling), list(formats), list(tools), limits)
-    model.train(training)
-    columns = {c: [row[c] for row in dataset] for c in dataset.column_names if c not in ("prompt", "completion")}
-    return Evaluation(done, reward(prompts=[row["prompt"] for row in dataset], completions=[t.messages for t in done], **columns))
+    "Roll out every row once and score it; same seed, same result on a CPU. The global random generator is left as it was."
+    done, ends = [], end_tokens(model, tokenizer)
+    with seeded(seed, model.device), _evaluating(model):
+        for start in range(0, len(dataset), batch_size):
+            rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            formats, named, prompts = zip(*(_prepare(r, environment_factory, tools, tokenizer, ends) for r in rows))
+            done += rollouts(list(prompts), partial(generate, model, tokenizer, sampling=sampling), list(formats), list(named), limits)
+    columns = {c: [row[c] for row in dataset] for c in dataset.column_names if c not in ("prompt", "completion", "completion_ids")}
+    return Evaluation(done, reward(prompts=[row["prompt"] for row in dataset], completions=[t.messages for t in done],
+                                   completion_ids=[t.completion_ids for t in done], **columns))

@@ -27,7 +27,9 @@ def parse_message(
     prefix: list[int],            # every token before it
     tools: list | None = None,    # tools offered in the prompt: argument types follow their schemas
 ) -> dict:                        # chat message: role, content and, where calls were found, tool_calls
-    "The turn as a chat message; where parsing fails, the whole turn is its content. Same result as `trl.chat_template_utils.parse_response`."
+    "The turn as a chat message; where parsing fails, the whole turn is its content. Same result as TRL's for any text that TRL can parse."
+    plain = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+    if not (getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None)): return plain
     try:
         message = tokenizer.parse_response(ids, prefix=prefix, tools=tools)
         if message is None: raise ValueError("nothing parsed")
@@ -35,8 +37,7 @@ def parse_message(
         message["content"] = content.removesuffix(tokenizer.eos_token) if content and isinstance(content, str) else content or ""
         if "tool_calls" in message: _check_calls(message["tool_calls"])
         return message
-    except (ValueError, TypeError):
-        return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+    except (ValueError, TypeError, RecursionError): return plain
 
 # %% ../nbs/01_formats.ipynb #b994eb50
 def _check_calls(calls):
@@ -70,7 +71,7 @@ def turn_kind(
 # %% ../nbs/01_formats.ipynb #b669f86e
 def _is_call(body):
     try: call = json.loads(body)
-    except ValueError: return False
+    except (ValueError, RecursionError): return False
     return isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments", {}), dict)
 
 # %% ../nbs/01_formats.ipynb #5dcb510b
@@ -98,6 +99,11 @@ class ChatFormat:
     tools: list[Callable] = field(default_factory=list)   # tools named in the prompt
     chat_template: str | None = None           # template to use in place of the tokenizer's
     template_kwargs: dict = field(default_factory=dict)   # further variables for the template
+    end_tokens: list[int] | None = None        # tokens that end a turn; None for the tokenizer's end-of-sequence token alone
+
+    def ends(self, ids: list[int]) -> bool:
+        "Whether a turn came to its end rather than to a limit."
+        return ids[-1] in (self.end_tokens or [self.tokenizer.eos_token_id])
 
     def prompt(self, messages: list[dict]) -> list[int]:
         "Prompt tokens of a conversation, assistant header included."

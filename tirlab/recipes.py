@@ -19,8 +19,10 @@ from .config import TIRConfig
 from .environments import PythonEnvironment
 from .evaluate import evaluate
 from .rewards import answer_reward
+from .rollout import RolloutLimits
 from .tasks import make_tasks
 from .tiny import tiny_policy
+from .traces import check_folder
 from .trainer import TIRTrainer
 
 # %% ../nbs/44_recipes.ipynb #cd2dee0b
@@ -46,7 +48,9 @@ class RewardBar(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs): self.bar.update()
 
-    def on_train_end(self, args, state, control, **kwargs): self.bar.close()
+    def close(self) -> None:
+        "Leave the bar as it is, also after an interruption."
+        if hasattr(self, "bar"): self.bar.close()
 
 # %% ../nbs/44_recipes.ipynb #b15de1a3
 def demo(
@@ -58,20 +62,24 @@ def demo(
     say: Callable = print,       # where progress is told
 ) -> dict:                       # success_before, success_after, seconds (of training), rollouts_per_second, run_dir; and what they come from
     "Train the tiny policy on arithmetic with a Python tool, on a CPU. Raises: ValueError or RunError, in one sentence, for bad arguments."
-    if steps < 1: raise ValueError(f"--steps {steps} trains nothing; give at least 1.")
+    if steps < 1: raise ValueError(f"steps={steps} trains nothing; give at least 1.")
     run_dir = run_dir or str(Path("runs")/time.strftime("demo-%Y%m%d-%H%M%S"))
+    check_folder(run_dir)
     args = TIRConfig(output_dir=str(Path(run_dir).parent), run_dir=run_dir, advantage=advantage, max_steps=steps, seed=seed, per_device_train_batch_size=64,
                      num_generations=8, max_completion_length=192, learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=3,
                      loss_type="grpo", save_strategy="no", disable_tqdm=True)
     trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("arithmetic", "train", 8 * min(steps, 200), seed), environment_factory=PythonEnvironment)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RewardBar)
+    bar = RewardBar()
+    trainer.add_callback(bar)
     test = make_tasks("arithmetic", "test", held_out, seed)
-    before = evaluate(trainer.model, trainer.processing_class, test, PythonEnvironment)
+    measure = lambda: evaluate(trainer.model, trainer.processing_class, test, PythonEnvironment, limits=RolloutLimits(args.max_completion_length), seed=seed)
+    before = measure()
     say(f"Base policy: {before.success:.0%} of {held_out} held-out tasks solved. Training {steps} steps of 64 rollouts.")
     start = time.perf_counter()
-    trainer.train()
+    try: trainer.train()
+    finally: bar.close()
     seconds = time.perf_counter() - start
-    after = evaluate(trainer.model, trainer.processing_class, test, PythonEnvironment)
+    after = measure()
     return dict(success_before=before.success, success_after=after.success, seconds=seconds, rollouts_per_second=64 * steps / seconds,
                 run_dir=str(trainer.run_dir), before=before, after=after, tasks=test, model=trainer.model, tokenizer=trainer.processing_class)

@@ -97,8 +97,9 @@ class Recorder:
     def close(self,
         status: str = "finished",     # finished | interrupted | failed
         error: str | None = None,     # one sentence, for a failed run
+        gather: Callable[[list], list] = lambda lines: lines,   # collects index lines over processes; only where all of them get here
     ) -> None:
         "Write what still waits and say how the run ended."
-        self.write()
+        self.write(gather)
         with self._lock: self._closed.set()
         self.writer.close(status, error)

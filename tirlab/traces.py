@@ -63,7 +63,7 @@ def check_folder(
     if path.is_dir() and not (path/"meta.json").exists():
         raise RunError(f"{path} is not empty and holds no run: give a new or an empty folder.")
     meta = read_meta(path)
-    if not resume: raise RunError(f"{path} already holds a run: give a new folder, or resume=True to go on with it.")
+    if not resume: raise RunError(f"{path} already holds a run: give a new folder, or go on from a checkpoint of it.")
     return meta
 
 # %% ../nbs/31_traces.ipynb #c553c65e

@@ -6,7 +6,7 @@
 __all__ = ['TIRTrainer']
 
 # %% ../nbs/41_trainer.ipynb #03c7e73d
-import os, time, warnings
+import json, os, time, warnings
 from contextlib import contextmanager
 from typing import Any, Callable
 
@@ -21,8 +21,9 @@ from trl.data_utils import is_conversational
 # %% ../nbs/41_trainer.ipynb #84a219db
 import tirlab
 from .advantages import discounted_returns, pooled_advantages, spread_to_tokens
-from .config import TIRConfig, check_budget, check_columns, check_tokenizer, check_tools, rollout_limits
+from .config import TIRConfig, check_budget, check_columns, check_tokenizer, rollout_limits
 from .engines import Sampled
+from .environments import check_tool
 from .formats import CONTROL_TOKENS, ChatFormat
 from .recorder import Recorder
 from .rewards import format_rewards, turn_rewards
@@ -31,6 +32,15 @@ from .traces import RunWriter, check_folder, trace_id
 from .trajectory import StopReason, ToolError, TurnKind
 
 # %% ../nbs/41_trainer.ipynb #7aac6e8e
+@contextmanager
+def _nothing_left_behind(folder):
+    "Remove a folder that transformers made inside, if what happens inside fails."
+    existed = os.path.exists(folder)
+    try: yield
+    except BaseException:
+        if not existed and os.path.isdir(folder) and not os.listdir(folder): os.rmdir(folder)
+        raise
+
 class TIRTrainer(GRPOTrainer):
     "GRPOTrainer for multi-turn tool use. Raises: ValueError, in one sentence, for arguments, columns or tools that cannot work."
     _name = "TIR"
@@ -48,19 +58,24 @@ class TIRTrainer(GRPOTrainer):
         **kwargs,                            # callbacks, optimizers, peft_config, ...: as for GRPOTrainer
     ):
         args, rewards = args or TIRConfig(), reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if not isinstance(args, TIRConfig): raise ValueError(f"args is a {type(args).__name__}; TIRTrainer takes a TIRConfig, which has all of GRPOConfig's arguments.")
+        if kwargs.get("rollout_func"): raise ValueError("rollout_func replaces the rollouts that TIRTrainer makes; use TRL's GRPOTrainer with it.")
         for dataset in (train_dataset, eval_dataset): check_columns(dataset, rewards, environment_factory)
-        check_tools(tools, environment_factory)
-        if args.trace and args.run_dir: check_folder(args.run_dir)
+        for tool in tools or []: check_tool(tool)
+        if args.trace and args.run_dir: check_folder(args.run_dir, resume=True)
         name = model if isinstance(model, str) else model.config._name_or_path
-        if processing_class is None: processing_class = AutoProcessor.from_pretrained(name, truncation_side="left", padding_side="left")
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(name, revision=(args.model_init_kwargs or {}).get("revision"), truncation_side="left",
+                                                             padding_side="left", trust_remote_code=args.trust_remote_code)
         talks = getattr(train_dataset, "column_names", None) and "prompt" in train_dataset.column_names and is_conversational(next(iter(train_dataset)))
         check_tokenizer(processing_class, name, talks or bool(tools or environment_factory))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _nothing_left_behind(args.output_dir):
             warnings.filterwarnings("ignore", ".*environment_factory.*experimental")   # pinned, and held to TRL's behaviour by tests/test_parity.py
             super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=tools,
                              environment_factory=environment_factory, **kwargs)
-        check_budget(args.max_completion_length, self._tokenizer, self.tools)
-        self.run_dir, self._recorder, self._batch, self._scores = args.run_dir, None, [], None
+            for tool in self.tools: check_tool(tool)
+            check_budget(args.max_completion_length, self._tokenizer, self.tools)
+        self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
 
 # %% ../nbs/41_trainer.ipynb #fbd5e63e
 @patch
@@ -80,13 +95,15 @@ def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_field
     if images or multimodal_fields: raise ValueError("TIRTrainer is for text; use TRL's GRPOTrainer for prompts with images.")
     sample, clock = super(TIRTrainer, self)._generate_single_turn, {"calls": 0, "seconds": 0.0}
     colocated = self.use_vllm and self.vllm_mode == "colocate"
-    context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else self.model.config.max_position_embeddings
+    context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else self.model.config.get_text_config().max_position_embeddings
     offered = [self._env_tools[e] for e in self._batch_environments] if self.environment_factories else [self.tools] * len(prompt_ids)
-    formats = [ChatFormat(self._tokenizer, tools, self.chat_template, self.chat_template_kwargs) for tools in offered]
+    formats = [ChatFormat(self._tokenizer, tools, self.chat_template, self.chat_template_kwargs, self.eos_token_ids) for tools in offered]
     tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * len(prompt_ids)
     self._batch = rollouts(prompt_ids, self._engine(sample, num_generations, clock), formats, tools, rollout_limits(self.args, context, bool(self.tools)),
                            self.args.tool_workers, getattr(self, "async_loop", None))
     self._log_rollouts(clock["seconds"])
+    self._retire_environments()
+    if self.tools: return [[self._tokenizer.eos_token_id]] * len(prompt_ids), None   # stand-ins: `_tool_call_loop` hands over the real ones
     first = [t.turns[0] if t.turns else None for t in self._batch]
     logprobs = [t.logprobs if t else [0.0] for t in first]
     return [t.ids if t else [self._tokenizer.pad_token_id] for t in first], None if None in logprobs else [list(p) for p in logprobs]
@@ -98,19 +115,28 @@ def _tool_call_loop(self: TIRTrainer, prompts, prompt_ids, completion_ids, compl
     pad, batch = [self._tokenizer.pad_token_id], self._batch
     results = [r for t in batch for r in t.results if r.error is not ToolError.MALFORMED]
     messages = [t.messages or [{"role": "assistant", "content": ""}] for t in batch]
-    logprobs = logprobs and [t.logprobs if t.turns else [0.0] for t in batch]
-    return ([t.mask or [0] for t in batch], messages, [t.completion_ids or pad for t in batch], logprobs,
-            len(results), sum(r.error is not None for r in results), [[] for _ in batch])
+    logprobs = [t.logprobs if t.turns else [0.0] for t in batch]
+    return ([t.mask or [0] for t in batch], messages, [t.completion_ids or pad for t in batch],
+            None if None in logprobs else logprobs, len(results), sum(r.error is not None for r in results), [[] for _ in batch])
 
 # %% ../nbs/41_trainer.ipynb #2dc0c7a2
 @patch
+def _retire_environments(self: TIRTrainer):
+    "Replace pooled environments in which a tool timed out."
+    late = [e for t, e in zip(self._batch, self.environments or []) if any(r.error is ToolError.TIMEOUT for r in t.results)]
+    for name, pool in (self._environment_pool.items() if late else ()):
+        pool[:] = [self.environment_factories[name]() if any(e is x for x in late) else e for e in pool]
+
+# %% ../nbs/41_trainer.ipynb #2b794b00
+@patch
 def _log_rollouts(self: TIRTrainer, generation_seconds):
-    "Means over all processes' rollouts: turns, broken calls, why they ended, how turns are built, and where the time went."
+    "A rollout's turns, broken calls, cut answers and tool seconds on average; shares of stop reasons and kinds of turns; seconds of generation."
     batch, mode = self._batch, "train" if self.model.training else "eval"
     turns = [k for t in batch for k in t.turns]
     share = lambda items, value: sum(i == value for i in items) / max(len(items), 1)
     values = {"rollout/turns": len(turns) / len(batch), "rollout/malformed_calls": sum(r.error is ToolError.MALFORMED for t in batch for r in t.results) / len(batch),
-              "rollout/tool_seconds": sum(r.seconds for t in batch for r in t.results), "rollout/generation_seconds": generation_seconds}
+              "rollout/cut_results": sum(r.truncated for t in batch for r in t.results) / len(batch),
+              "rollout/tool_seconds": sum(r.seconds for t in batch for r in t.results) / len(batch), "rollout/generation_seconds": generation_seconds}
     values |= {f"rollout/stop_{s.value}": share([t.stop for t in batch], s) for s in StopReason}
     values |= {f"turns/{k.value}": share([t.kind for t in turns], k) for k in TurnKind}
     means = self.accelerator.gather(torch.tensor([list(values.values())], device=self.accelerator.device)).mean(0).tolist()
@@ -161,12 +187,17 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
         rewards, advantages = self._turn_credit(self.num_generations if self.model.training else self.num_generations_eval)
         rewards, by_turn = self._local(rewards), self._local(advantages)
         output["advantages"] = self._token_advantages(by_turn, width)
-        for _ in range(len(advantages)): self._logs["advantages"].pop()
-        self._logs["advantages"].extend(gather_object([a[:len(t.turns)].tolist() for a, t in zip(by_turn, self._batch)]))
+        log = self._logs["advantages"]   # TRL's table has one number a rollout: the mean over its turns
+        for _ in range(min(len(log), len(advantages))): log.pop()
+        log.extend(gather_object([a[:len(t.turns)].mean().item() if t.turns else 0.0 for a, t in zip(by_turn, self._batch)]))
     if self._recorder: output["record"] = self._open_records(inputs, by_turn, rewards, self._token_advantages(by_turn, width))
     return output
 
 # %% ../nbs/41_trainer.ipynb #88c35fdd
+def _text(value):
+    "A column's value as the record keeps it."
+    return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+
 @patch
 def _step_on_record(self: TIRTrainer):
     "The step under which TRL will log what happens now: in training the one that is under way, in evaluation the last one done."
@@ -185,8 +216,8 @@ def _open_records(self: TIRTrainer, inputs, by_turn, rewards, advantages):
         scores = {name: None if r.isnan() else r.item() for name, r in zip(self.reward_func_names, local[i])}
         total = None if local[i].isnan().all() else (local[i] * weights).nansum().item()
         by_turn_rewards = rewards[i, :len(t.turns)].tolist() if rewards is not None else [0.0] * (len(t.turns) - 1) + [total or 0.0] * bool(t.turns)
-        fields.append(dict(id=trace_id(step, rank, start + i, split), step=step, rank=rank, group=(rank * n + start + i) // size, split=split, environment=x.get("environment"),
-                           reward=total, rewards=scores, answer=x.get("answer"), turn_rewards=by_turn_rewards, turn_advantages=by_turn[i, :len(t.turns)].tolist(),
+        fields.append(dict(id=trace_id(step, rank, start + i, split), step=step, rank=rank, group=(start * self.accelerator.num_processes + rank * n + i) // size, split=split, environment=_text(x.get("environment")),
+                           reward=total, rewards=scores, answer=_text(x.get("answer")), turn_rewards=by_turn_rewards, turn_advantages=by_turn[i, :len(t.turns)].tolist(),
                            advantage=advantages[i, :len(t.completion_ids)].tolist()))
     return torch.tensor(self._recorder.add(self._batch, fields), device=advantages.device)
 
@@ -217,43 +248,42 @@ def log(self: TIRTrainer, logs, start_time=None):
     self._recorder.beat(self.state.global_step)
 
 # %% ../nbs/41_trainer.ipynb #f9ab3b37
-def _new_folder(parent):
-    "A path in `parent` named by the time, that does not exist yet."
-    path = os.path.join(parent, time.strftime("run-%Y%m%d-%H%M%S"))
+def _free(path):
+    "The path, or the first of path-2, path-3, ... that does not exist."
     return next(p for i in range(1, 10**6) if not os.path.exists(p := path if i == 1 else f"{path}-{i}"))
 
 @patch
-def _open_run(self: TIRTrainer):
-    "A recorder on a new run folder, or on the one this trainer has already written to."
+def _open_run(self: TIRTrainer, resume):
+    "A recorder on a new run folder, or on the one this trainer writes to already."
     again = self._rows_of_step is not None
-    if self.run_dir is None: self.run_dir = broadcast_object_list([_new_folder(self.args.output_dir)])[0]
+    if self.run_dir is None: self.run_dir = broadcast_object_list([_free(os.path.join(self.args.output_dir, time.strftime("run-%Y%m%d-%H%M%S")))])[0]
     if not again: self._rows_of_step = {}
     meta = dict(model=self.model.config._name_or_path, config=self.args.to_dict(), control_tokens=list(CONTROL_TOKENS), tools=[t.__name__ for t in self.tools],
                 versions={m.__name__: m.__version__ for m in (tirlab, torch, __import__("transformers"), __import__("trl"))})
-    self._recorder = Recorder(RunWriter(self.run_dir, meta, self.accelerator.process_index, resume=again), self._tokenizer)
+    self._recorder = Recorder(RunWriter(self.run_dir, meta, self.accelerator.process_index, resume=again or resume), self._tokenizer)
     if self.is_world_process_zero() and not again: print(f"Run folder: {self.run_dir}\nLook at it with: tirlab app {self.run_dir}")
-
-TIRTrainer._rows_of_step = None
 
 # %% ../nbs/41_trainer.ipynb #39aed576
 @patch
 @contextmanager
-def _recording(self: TIRTrainer):
+def _recording(self: TIRTrainer, resume=False):
     "Record what happens inside, unless something outside records already."
     if self._recorder or not self.args.trace: yield; return
-    self._open_run()
+    self._open_run(resume)
     status, error = "finished", None
     try: yield
     except KeyboardInterrupt: status = "interrupted"; raise
     except BaseException as e: status, error = "failed", f"{type(e).__name__}: {e}".splitlines()[0]; raise
     finally:
         recorder, self._recorder = self._recorder, None
-        recorder.close(status, error)
+        recorder.close(status, error, *[gather_object] * (status == "finished"))   # a process that failed must not wait for the others
 
 @patch
-def train(self: TIRTrainer, *args, **kwargs):
+def train(self: TIRTrainer, resume_from_checkpoint=None, **kwargs):
     "TRL's, recorded in the run folder."
-    with self._recording(): return super(TIRTrainer, self).train(*args, **kwargs)
+    resume = bool(resume_from_checkpoint)
+    if self.state.global_step and self.run_dir and not resume: self.run_dir, self._rows_of_step = broadcast_object_list([_free(self.run_dir)])[0], None
+    with self._recording(resume): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 @patch
 def evaluate(self: TIRTrainer, *args, **kwargs):

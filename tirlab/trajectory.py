@@ -32,6 +32,7 @@ class ToolResult:
     content: str                    # what the model reads
     error: ToolError | None = None  # None where the tool answered
     seconds: float = 0.0            # wall time of the call
+    truncated: bool = False         # whether the middle of a long answer was left out
 
 # %% ../nbs/00_trajectory.ipynb #1c7dded0
 class TurnKind(str, Enum):
@@ -61,14 +62,14 @@ class StopReason(str, Enum):
     MAX_TURNS = "max_turns"    # it asked for a tool once more than allowed
     LENGTH = "length"          # the completion budget is used up
     CONTEXT = "context"        # the model's context is full
-    FAILED = "failed"          # the rollout itself broke; one pad token stands in for it
+    FAILED = "failed"          # nothing could be sampled; one pad token stands in for the completion
 
 # %% ../nbs/00_trajectory.ipynb #e0a3007e
 @dataclass(frozen=True)
 class Trajectory:
     "One rollout, in tokens."
     prompt_ids: list[int]   # rendered prompt, the assistant header included
-    turns: list[Turn]       # at least one
+    turns: list[Turn]       # in order; none where nothing could be sampled
     stop: StopReason        # why it ended
 
     @property

@@ -6,8 +6,7 @@
 __all__ = ['FLAWS', 'LEVELS', 'script', 'demonstrations', 'copying', 'warm_up', 'make_tiny_policy']
 
 # %% ../nbs/13_warmup.ipynb #6a4e6b12
-import asyncio, json, os, random, sys
-from concurrent.futures import ThreadPoolExecutor
+import asyncio, json, random, sys
 from typing import Any
 
 # %% ../nbs/13_warmup.ipynb #34133360
@@ -21,12 +20,12 @@ from .engines import Sampled
 from .environments import environment_tools
 from .formats import ChatFormat, render_call
 from .rollout import RolloutLimits, rollout, run_async
-from .tasks import ENVIRONMENTS, make_tasks
+from .tasks import ENVIRONMENTS, make_tasks, meets_held_out
 from .tiny import tiny_model, tiny_tokenizer
 from .trajectory import StopReason, ToolCall, Trajectory, Turn, TurnKind
 
 # %% ../nbs/13_warmup.ipynb #fea8b2a4
-FLAWS = {"guess": 0.22, "early": 0.18, "broken": 0.14, "slip": 0.10, "unknown": 0.06, "repeat": 0.06}   # share of each; the rest is clean
+FLAWS = {"guess": 0.24, "early": 0.20, "broken": 0.16, "slip": 0.08, "unknown": 0.08, "repeat": 0.06}   # share of each; the rest is clean
 
 # %% ../nbs/13_warmup.ipynb #dc15cd36
 def _broken(call, rng):
@@ -69,8 +68,8 @@ def _told(text):
     "The last tool result in a conversation."
     return text.rsplit("<tool_response>\n", 1)[-1].split("\n</tool_response>")[0]
 
-async def _demonstrate(row, tokenizer, rng, pool, flaws):
-    "One demonstration as a trajectory."
+async def _demonstrate(row, tokenizer, rng, slots, flaws):
+    "One demonstration as a trajectory; a clean one where a flaw would give away a held-out pair."
     environment = ENVIRONMENTS[row["environment"]]()
     environment.reset(**row)
     tools = environment_tools(environment)
@@ -81,7 +80,9 @@ async def _demonstrate(row, tokenizer, rng, pool, flaws):
         text = turns.send(_told(tokenizer.decode(ids))) if started else next(turns)
         started.append(True)
         return Sampled(tokenizer.encode(text + tokenizer.eos_token))
-    return await rollout(format.prompt(row["prompt"]), sample, format, tools, RolloutLimits(completion_tokens=1024), pool)
+    done = await rollout(format.prompt(row["prompt"]), sample, format, tools, RolloutLimits(completion_tokens=1024), slots)
+    given_away = flaw and meets_held_out(row["pairs"][0].split("|")[0], tokenizer.decode(done.completion_ids))
+    return await _demonstrate(row, tokenizer, rng, slots, {}) if given_away else done
 
 # %% ../nbs/13_warmup.ipynb #b2032125
 def demonstrations(
@@ -92,9 +93,9 @@ def demonstrations(
 ) -> list[Trajectory]:             # one a row
     "Demonstrate every row, with the given shares of flaws; same seed, same demonstrations."
     async def everyone():
-        with ThreadPoolExecutor(8) as pool:
-            return [t for start in range(0, len(rows), 256) for t in await asyncio.gather(*(
-                _demonstrate(r, tokenizer, random.Random(f"{seed}/{start + i}"), pool, flaws or {}) for i, r in enumerate(rows[start:start + 256])))]
+        slots = asyncio.Semaphore(8)
+        return [t for start in range(0, len(rows), 256) for t in await asyncio.gather(*(
+            _demonstrate(r, tokenizer, random.Random(f"{seed}/{start + i}"), slots, flaws or {}) for i, r in enumerate(rows[start:start + 256])))]
     return run_async(everyone)
 
 # %% ../nbs/13_warmup.ipynb #4e732ade
@@ -157,7 +158,7 @@ LEVELS = {"arithmetic": (1, 2, 2), "lookup": (1, 1, 2), "repair": (1, 1, 2)}   #
 def make_tiny_policy(
     out: str,                              # folder to save to
     rows: int = 1600,                      # demonstrations a family and level
-    steps: tuple[int, int] = (1800, 600),  # optimiser steps of the two stages
+    steps: tuple[int, int] = (2200, 600),  # optimiser steps of the two stages
     hidden_size: int = 96,
     layers: int = 3,
     seed: int = 0,
@@ -167,6 +168,7 @@ def make_tiny_policy(
     tasks = [r for f, levels in LEVELS.items() for i, l in enumerate(levels) for r in make_tasks(f, "train", rows, seed=seed * 3 + i, level=l)]
     model = tiny_model(tok, hidden_size, layers, seed)
     losses = warm_up(model, demonstrations(tasks, tok, None, seed) + copying(rows * 4, tok, seed), steps[0], seed=seed)
-    losses += warm_up(model, demonstrations(tasks, tok, FLAWS, seed + 1), steps[1], 1e-3, seed=seed + 1, by_token=False)
+    habits = demonstrations(tasks, tok, FLAWS, seed + 1) + copying(rows, tok, seed + 1)
+    losses += warm_up(model, habits, steps[1], 1e-3, seed=seed + 1, by_token=False)
     model.save_pretrained(out); tok.save_pretrained(out)
     return losses
