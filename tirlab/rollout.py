@@ -109,13 +109,14 @@ def fit(
     room: int,                    # tokens left in the budget
     limits: RolloutLimits,        # whether answers may be cut
 ) -> tuple[list[ToolResult], list[int]]:   # results and their tokens, which may still be too many
-    "Render results; cut the longest until they leave a quarter of the room."
-    tokens = format.observe(results)
-    while limits.observation_chars is not None and len(tokens) > room:
-        longest = max(len(r.content) for r in results)
-        if longest < 32: break
-        results = [replace(r, content=cut_middle(r.content, longest // 2), truncated=True) if len(r.content) == longest else r for r in results]
-        if len(tokens := format.observe(results)) <= room * 3 // 4: break
+    "Render results; where they do not fit, cut the middle out of them until they leave a quarter of the room."
+    tokens, keep = format.observe(results), max(len(r.content) for r in results)
+    if limits.observation_chars is None or len(tokens) <= room: return results, tokens
+    whole = results
+    while len(tokens) > room * 3 // 4 and keep >= 32:
+        keep //= 2
+        results = [min(r, replace(r, content=cut_middle(r.content, keep), truncated=True), key=lambda x: len(x.content)) for r in whole]
+        tokens = format.observe(results)
     return results, tokens
 
 # %% ../nbs/11_rollout.ipynb #7cc06968
