@@ -54,11 +54,11 @@ class RewardBar(TrainerCallback):
 
 # %% ../nbs/44_recipes.ipynb #b15de1a3
 def demo(
-    steps: int = 30,             # optimiser steps
+    steps: int = 48,             # optimiser steps
     advantage: str = "gtpo",     # "grpo" or "gtpo"
     seed: int = 0,               # of tasks, sampling and training; same seed, same figures on a CPU
     run_dir: str | None = None,  # run folder to write; None makes a new one in runs/
-    held_out: int = 128,         # tasks to measure success on
+    held_out: int = 256,         # tasks to measure success on
     say: Callable = print,       # where progress is told
 ) -> dict:                       # success_before, success_after, seconds (of training), rollouts_per_second, run_dir; and what they come from
     "Train the tiny policy on arithmetic with a Python tool, on a CPU. Raises: ValueError or RunError, in one sentence, for bad arguments."
@@ -66,9 +66,9 @@ def demo(
     run_dir = run_dir or str(Path("runs")/time.strftime("demo-%Y%m%d-%H%M%S"))
     check_folder(run_dir)
     args = TIRConfig(output_dir=str(Path(run_dir).parent), run_dir=run_dir, advantage=advantage, max_steps=steps, seed=seed, per_device_train_batch_size=64,
-                     num_generations=8, max_completion_length=192, learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=3,
-                     loss_type="grpo", save_strategy="no", disable_tqdm=True)
-    trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("arithmetic", "train", 8 * min(steps, 200), seed), environment_factory=PythonEnvironment)
+                     num_generations=8, max_completion_length=192, learning_rate=1e-3, lr_scheduler_type="linear", warmup_steps=2,
+                     save_strategy="no", disable_tqdm=True)
+    trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("arithmetic", "train", 8 * min(steps, 100), seed), environment_factory=PythonEnvironment)
     trainer.remove_callback(PrinterCallback)
     bar = RewardBar()
     trainer.add_callback(bar)
