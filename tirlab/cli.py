@@ -92,12 +92,12 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument("--seed", type=int, default=0, help="same seed, same figures on a CPU (0)")
     d.add_argument("--out", help="run folder to write (a new one in runs/)")
     d.add_argument("--json", action="store_true", help="end with one JSON object of figures on standard output")
-    d.set_defaults(run=demo)
+    d.set_defaults(function=demo)
     a = commands.add_parser("app", help="browse a run folder, also while it is being written")
     a.add_argument("run", metavar="RUN", help="run folder")
     a.add_argument("--port", type=int, help="port on this machine (a free one)")
-    a.set_defaults(run=app)
-    commands.add_parser("doctor", help="what this machine can do, and what is missing").set_defaults(run=lambda args: doctor())
+    a.set_defaults(function=app)
+    commands.add_parser("doctor", help="what this machine can do, and what is missing").set_defaults(function=lambda args: doctor())
     return p
 
 # %% ../nbs/50_cli.ipynb #11a639f2
@@ -107,6 +107,6 @@ def main(
     "Run a command; bad input becomes one line."
     from tirlab.traces import RunError
     args = parser().parse_args(argv)
-    try: return args.run(args)
+    try: return args.function(args)
     except (RunError, ValueError, OSError) as e: print(f"tirlab: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("tirlab: interrupted; a run folder that was begun can be opened as it is: tirlab app RUN", file=sys.stderr); return 130
