@@ -65,16 +65,16 @@ def test_base_success_leaves_room_and_signal(family):
 
 
 def test_the_recipe_rebuilds_an_equivalent_policy_at_reduced_size(tmp_path):
-    losses = make_tiny_policy(tmp_path, rows=60, steps=(150, 30), hidden_size=64, layers=2, seed=5)
+    losses = make_tiny_policy(tmp_path, rows=60, steps=(400, 60), hidden_size=64, layers=2, seed=5)
     model, tok = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     shipped = json.loads((Path(tiny_policy()) / "tokenizer.json").read_text())
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == shipped and tok.chat_template == TOK.chat_template
-    assert sum(losses[-10:]) / 10 < losses[0] / 2
+    assert sum(losses[-10:]) / 10 < losses[0] / 4
     reference = AutoModelForCausalLM.from_pretrained(tiny_policy()).config
     for name in ("model_type", "head_dim", "max_position_embeddings", "vocab_size", "eos_token_id", "pad_token_id"):
         assert getattr(model.config, name) == getattr(reference, name)
     result = evaluate(model, tok, make_tasks("arithmetic", "test", 32), ENVIRONMENTS)
-    assert any(c.name == "python" for t in result.trajectories for c in t.calls)      # it has learnt to call the tool, if not yet what with
+    assert sum(any(c.name == "python" for c in t.calls) for t in result.trajectories) > 8      # it has learnt to call the tool, if not yet what with
 
 
 @pytest.mark.slow

@@ -26,14 +26,18 @@ def write_atomic(
         temporary.unlink(missing_ok=True)
 
 # %% ../nbs/30a_files.ipynb #45d45b0a
-def clean_text(s: str) -> str:
+def clean_text(
+    s: str,    # any text
+) -> str:      # text that UTF-8 can hold
     "The same text with lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD."
     try: s.encode()
     except UnicodeEncodeError: return s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return s
 
 # %% ../nbs/30a_files.ipynb #577a9d6f
-def plain(v):
+def plain(
+    v,    # any value
+):        # what JSON can hold
     "What strict JSON has: NaN becomes null, infinity a word, scalars of any library numbers, anything else its text."
     if isinstance(v, dict): return {clean_text(str(k)): plain(x) for k, x in v.items()}
     if isinstance(v, (list, tuple, set, frozenset)): return [plain(x) for x in v]

@@ -57,7 +57,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:   # 275 tokens
 def tiny_model(
     tokenizer,                # gives vocabulary and special tokens
     hidden_size: int = 96,    # width; a multiple of 32
-    layers: int = 3,
+    layers: int = 3,          # transformer blocks
     seed: int = 0,            # of the initial weights
 ) -> Qwen3ForCausalLM:
     "An untrained model of Qwen3's architecture: about 360,000 parameters at the default size."

@@ -45,7 +45,7 @@ def _slip(call, rng):
 def script(
     row: dict,              # a task
     flaw: str | None,       # one of FLAWS, or None for a clean demonstration
-    rng: random.Random,
+    rng: random.Random,     # source of randomness
 ):                          # generator: yields turns as text, is sent the last tool result
     "Turns of one demonstration."
     calls, told, guess = [ToolCall(**json.loads(c)) for c in row["ground_truth"]], "", str(rng.randint(10, 999))
@@ -87,9 +87,9 @@ async def _demonstrate(row, tokenizer, rng, slots, flaws):
 # %% ../nbs/13_warmup.ipynb #b2032125
 def demonstrations(
     rows: list[dict],              # tasks
-    tokenizer: Any,
+    tokenizer: Any,                # of the policy to be taught
     flaws: dict[str, float] | None = None,   # flaw -> share of demonstrations; None for clean ones only
-    seed: int = 0,
+    seed: int = 0,                 # of flaws and slips
 ) -> list[Trajectory]:             # one a row
     "Demonstrate every row, with the given shares of flaws; same seed, same demonstrations."
     async def everyone():
@@ -101,8 +101,8 @@ def demonstrations(
 # %% ../nbs/13_warmup.ipynb #4e732ade
 def copying(
     n: int,             # conversations
-    tokenizer: Any,
-    seed: int = 0,
+    tokenizer: Any,     # of the policy to be taught
+    seed: int = 0,      # of the words
 ) -> list[Trajectory]:
     "Conversations in which the assistant repeats a random word of 2 to 10 characters."
     rng, format, out = random.Random(f"copy/{seed}"), ChatFormat(tokenizer), []
@@ -126,11 +126,11 @@ def _batches(data, steps, size, rng):
 # %% ../nbs/13_warmup.ipynb #eae71d34
 def warm_up(
     model: Any,                        # causal language model, changed in place
-    demos: list[Trajectory],
+    demos: list[Trajectory],           # conversations to learn
     steps: int,                        # optimiser steps
     lr: float = 3e-3,                  # highest learning rate
-    batch_size: int = 32,
-    seed: int = 0,
+    batch_size: int = 32,              # conversations a step
+    seed: int = 0,                     # of their order
     by_token: bool = True,             # divide a batch's loss by its own tokens; else by those of an average batch
     pad: int = 0,                      # any token; padding is masked
 ) -> list[float]:                      # loss of each step, nats a token
@@ -159,9 +159,9 @@ def make_tiny_policy(
     out: str,                              # folder to save to
     rows: int = 1600,                      # demonstrations a family and level
     steps: tuple[int, int] = (2200, 600),  # optimiser steps of the two stages
-    hidden_size: int = 96,
-    layers: int = 3,
-    seed: int = 0,
+    hidden_size: int = 96,                 # width; a multiple of 32
+    layers: int = 3,                       # transformer blocks
+    seed: int = 0,                         # of tasks, weights and order
 ) -> list[float]:                          # losses of both stages, nats a token
     "Make a tiny base policy from nothing and save it with its tokenizer."
     tok = tiny_tokenizer()
