@@ -53,16 +53,18 @@ class Turn:
     results: list[ToolResult] = field(default_factory=list)   # what came back; empty where nothing was run
     observation_ids: list[int] = field(default_factory=list)  # tokens put after the turn; empty where the results did not fit
     logprobs: list[float] | None = None                    # the sampler's log-probabilities (nats), one an id
+    seconds: float = 0.0                                   # wall time from asking the engine to its answer
 
 # %% ../nbs/00_trajectory.ipynb #5c1bc6b1
 class StopReason(str, Enum):
     "Why a rollout ended."
     ANSWER = "answer"          # the model ended a turn without asking for a tool
     MALFORMED = "malformed"    # a broken call, and the rollout was told to stop at those
+    VOID = "void"              # a turn with neither a call nor an answer, and the rollout was told to stop at those
     MAX_TURNS = "max_turns"    # it asked for a tool once more than allowed
     LENGTH = "length"          # the completion budget is used up
     CONTEXT = "context"        # the model's context is full
-    FAILED = "failed"          # nothing could be sampled; one pad token stands in for the completion
+    FAILED = "failed"          # the engine failed, or nothing could be sampled; one pad token stands in for the completion
 
 # %% ../nbs/00_trajectory.ipynb #e0a3007e
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Trajectory:
     prompt_ids: list[int]   # rendered prompt, the assistant header included
     turns: list[Turn]       # in order; none where nothing could be sampled
     stop: StopReason        # why it ended
+    error: str | None = None   # what the engine said where it failed
 
     @property
     def completion_ids(self) -> list[int]:
