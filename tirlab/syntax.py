@@ -61,9 +61,9 @@ class Syntax:
 
     def parse(self, text: str, tools: list | None = None) -> tuple[list[ToolCall], str]:
         "Calls in a turn, and the text beside them. Raises: ValueError where call syntax is there but broken."
-        calls, rest, at = [], "", 0
-        for start, end, found in self.scan(text, tools): calls, rest, at = calls + found, rest + text[at:start], end
-        return calls, (rest + text[at:]).strip() if calls else text
+        calls, beside, at = [], [], 0
+        for start, end, found in self.scan(text, tools): calls, beside, at = calls + found, beside + [text[at:start]], end
+        return calls, "".join(b for b in [*beside, text[at:]] if b.strip()).strip() if calls else text
 
     def end_of_call(self, text: str) -> int | None:
         "Number of characters up to the end of the first complete call; None where there is none, or something is broken before."
