@@ -11,6 +11,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
+# %% ../nbs/01_formats.ipynb #bd29d9de
+from jinja2 import TemplateError
+
 # %% ../nbs/01_formats.ipynb #e79d696c
 from .syntax import SYNTAXES, syntax_of
 from .trajectory import ToolCall, ToolResult, TurnKind
@@ -201,12 +204,17 @@ def _instructed(messages, text):
     if messages and messages[0]["role"] == "system": return [messages[0] | {"content": f"{messages[0]['content']}\n\n{text}"}] + messages[1:]
     return [{"role": "system", "content": text}] + messages
 
+def _without_system(messages):
+    "The same for a template without a system role: its words open the first message."
+    if len(messages) < 2 or messages[0]["role"] != "system": return messages
+    return [messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}] + messages[2:]
+
 # %% ../nbs/01_formats.ipynb #649f0a36
 @dataclass(frozen=True)
 class TextFormat:
     "How one conversation is rendered, parsed and answered where calls are plain text in a syntax of our choice."
     name: str                                  # syntax: "json", "xml", "fenced" or "list"
-    tokenizer: Any                             # tokenizer with any chat template that has a system role
+    tokenizer: Any                             # tokenizer with any chat template
     tools: list[Callable] = field(default_factory=list)   # tools described in the system message
     chat_template: str | None = None           # template to use in place of the tokenizer's
     template_kwargs: dict = field(default_factory=dict)   # further variables for the template
@@ -225,7 +233,9 @@ class TextFormat:
 
     def prompt(self, messages: list[dict]) -> list[int]:
         "Prompt tokens of a conversation, description of the tools and assistant header included."
-        return self._render(_instructed(_as_text(messages, self.name), syntax_of(self.name).describe(self.tools)), True)
+        messages = _instructed(_as_text(messages, self.name), syntax_of(self.name).describe(self.tools))
+        try: return self._render(messages, True)
+        except TemplateError: return self._render(_without_system(messages), True)
 
     def parse(self, ids: list[int], prefix: list[int]) -> tuple[dict, list[ToolCall], TurnKind]:
         "A sampled turn as message, calls and structural state."
