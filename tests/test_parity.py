@@ -4,7 +4,8 @@ Intended differences, each with the value that gives TRL's behaviour, used throu
   malformed_calls="stop"        TRL takes a broken call as the answer; by default the model is told and goes on
   max_observation_chars=None    TRL never cuts tool output, and ends a rollout whose tool's answer does not fit
   tool_timeout=None             TRL waits for a tool for ever (the default here too)
-  tool_workers=1                TRL runs tools one after another, in the trainer's thread
+  max_concurrent_tools=1        TRL runs tools one after another, in the trainer's thread
+  engine="trl"                  TRL draws from torch's global generator; here the noise of a token belongs to it
   logging_steps=10              TRL's default
   gradient_checkpointing=True   TRL's default, also on a CPU
   trace=False                   TRL writes no run folder (traces are written here, to show that they change nothing)
@@ -137,7 +138,7 @@ def run(trainer_class, setup, tmp_path, monkeypatch, steps=3, **options):
                   num_generations=GROUP, max_completion_length=BUDGET, learning_rate=1e-3, seed=3, save_strategy="no", disable_tqdm=True, logging_steps=1,
                   max_tool_calling_iterations=2, beta=0.01, **options)
     if trainer_class is TIRTrainer:
-        args = TIRConfig(malformed_calls="stop", max_observation_chars=None, tool_workers=1, **common)
+        args = TIRConfig(malformed_calls="stop", max_observation_chars=None, max_concurrent_tools=1, engine="trl", **common)
     else:
         args = GRPOConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, **common)
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted(firsts, setup == "sampler's logprobs"))
@@ -205,7 +206,7 @@ def test_real_sampling_equals_trl(loss_type, tmp_path):
         common = dict(output_dir=str(tmp_path / trainer_class.__name__), max_steps=2, per_device_train_batch_size=GROUP, num_generations=GROUP, seed=5,
                       max_completion_length=128, learning_rate=1e-3, save_strategy="no", disable_tqdm=True, loss_type=loss_type)
         if trainer_class is TIRTrainer:
-            args = TIRConfig(malformed_calls="stop", max_observation_chars=None, **common)
+            args = TIRConfig(malformed_calls="stop", max_observation_chars=None, engine="trl", **common)
         else:
             args = GRPOConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, **common)
         trainer = trainer_class(tiny_policy(), [messy_reward], args, make_tasks("all", n=12), environment_factory=ENVIRONMENTS)
@@ -220,6 +221,6 @@ def test_observing_a_broken_call_is_the_default(tmp_path, monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted(SETUPS["class"][1]))
     SEEN.clear()
     args = TIRConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=GROUP, num_generations=GROUP, max_completion_length=BUDGET,
-                     save_strategy="no", disable_tqdm=True, max_tool_calling_iterations=2)
+                     save_strategy="no", disable_tqdm=True, max_tool_calling_iterations=2, engine="trl")
     TIRTrainer(tiny_policy(), [messy_reward], args, make_tasks("all", n=3), environment_factory=Echo).train()
     assert any("malformed tool call" in m["content"] for s in SEEN for c in s[1] for m in c if m["role"] == "tool")

@@ -9,6 +9,7 @@ from trl import GRPOTrainer
 from tirlab.trainer import TIRTrainer
 
 SEAMS = {
+    "_tokenize_prompts": ["self", "prompts"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
     "_tool_call_loop": ["self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs", "images", "multimodal_fields"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
@@ -21,7 +22,7 @@ READ = {   # attributes that TRL sets and tirlab reads -> the method that sets t
     "self._batch_environments": "_generate_and_score_completions", "self._env_tools": "__init__", "self.environment_factories": "__init__",
     "self.reward_weights": "__init__", "self.reward_func_names": "__init__", "self._tokenizer": "__init__", "self.async_loop": "__init__",
     "self.chat_template": "__init__", "self.chat_template_kwargs": "__init__", "self._logs": "__init__", "self._metrics": "__init__",
-    "self.vllm_generation": "__init__", "self.num_generations_eval": "__init__",
+    "self.vllm_generation": "__init__", "self.num_generations_eval": "__init__", "self._dist": "__init__", "self.eos_token_ids": "__init__", "self._environment_pool": "__init__",
 }
 
 

@@ -149,7 +149,8 @@ class BatchEngine:
     "Answers all who wait with one batched call, then those who came in the meantime."
     def __init__(self,
         sample: Callable[[list[list[int]], list[Sampling]], list[Sampled]],   # prompts and how to draw, one turn each out
-    ): self._sample, self._waiting, self._task, self._pool = sample, [], None, ThreadPoolExecutor(1, "engine")
+        thread: bool = True,   # sample in a thread of its own; otherwise where the rollouts run, which then stand still
+    ): self._sample, self._waiting, self._task, self._pool = sample, [], None, ThreadPoolExecutor(1, "engine") if thread else None
 
     @contextmanager
     def ready(self,
@@ -179,7 +180,8 @@ class BatchEngine:
 
     async def _answer(self, batch):
         prompts, samplings, futures = map(list, zip(*batch))
-        try: turns = await asyncio.get_running_loop().run_in_executor(self._pool, self._sample, prompts, samplings)
+        loop = asyncio.get_running_loop()
+        try: turns = await loop.run_in_executor(self._pool, self._sample, prompts, samplings) if self._pool else self._sample(prompts, samplings)
         except Exception as e:
             problem = EngineError(f"The engine failed: {type(e).__name__}: {e}") if isinstance(e, RuntimeError) else e   # others are mistakes, not failures
             for f in futures: f.done() or f.set_exception(problem)
@@ -193,7 +195,10 @@ class GenerateEngine(BatchEngine):
         model: Any,       # causal language model
         tokenizer: Any,   # its tokenizer
     ):
-        super().__init__(lambda prompts, samplings: generate(model, tokenizer, prompts, samplings))
+        def sample(prompts, samplings):
+            if model.device.type == "cuda": torch.cuda.set_device(model.device)   # a thread begins on the first
+            return generate(model, tokenizer, prompts, samplings)
+        super().__init__(sample)
         self._model = model
 
     @contextmanager

@@ -6,33 +6,30 @@
 __all__ = ['Evaluation', 'evaluate']
 
 # %% ../nbs/43_evaluate.ipynb #ccc950be
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Callable
 
 # %% ../nbs/43_evaluate.ipynb #f2a733fc
 from datasets import Dataset
 
 # %% ../nbs/43_evaluate.ipynb #48fbc3f1
-from .engines import Sampling, end_tokens, generate, seeded
+from .calls import RolloutLimits
+from .engines import GenerateEngine, Sampling, end_tokens
 from .environments import environment_tools
-from .formats import ChatFormat
+from .formats import make_format
 from .rewards import answer_reward
-from .rollout import RolloutLimits, rollouts
+from .rollout import open_task, rollouts
 from .trajectory import Trajectory
 
 # %% ../nbs/43_evaluate.ipynb #8741ec22
-def _prepare(row, environment_factory, tools, tokenizer, ends):
-    "Format, tools, prompt tokens and environment of one dataset row."
+def _prepare(row, environment_factory, tools, tokenizer, ends, call_format):
+    "Prompt tokens, tools and format of one dataset row."
     many = isinstance(environment_factory, dict)
     factory = environment_factory[row["environment"]] if many else environment_factory
     environment = factory() if factory else None
-    shown = environment.reset(**{k: v for k, v in row.items() if not (many and k == "environment")}) if environment else None
-    prompt = row["prompt"] if not shown else row["prompt"][:-1] + [row["prompt"][-1] | {"content": row["prompt"][-1]["content"] + shown}]
     named = environment_tools(environment, tools)
-    format = ChatFormat(tokenizer, list(named.values()), end_tokens=ends)
-    return format, named, format.prompt(prompt)
+    format = make_format(call_format, tokenizer, list(named.values()), end_tokens=ends)
+    return open_task({k: v for k, v in row.items() if not (many and k == "environment")}, environment, format)[0], named, format
 
 # %% ../nbs/43_evaluate.ipynb #1a8e9e5b
 @dataclass(frozen=True)
@@ -47,12 +44,6 @@ class Evaluation:
         return sum(r is not None and r >= 1 for r in self.rewards) / len(self.rewards)
 
 # %% ../nbs/43_evaluate.ipynb #2a7e61a9
-@contextmanager
-def _evaluating(model):
-    training = model.training
-    try: yield model.eval()
-    finally: model.train(training)
-
 def evaluate(
     model: Any,                      # causal language model
     tokenizer: Any,                  # its tokenizer
@@ -60,18 +51,21 @@ def evaluate(
     environment_factory: Callable | dict | None = None,   # as for the trainer
     reward: Callable = answer_reward,                     # TRL reward function
     tools: list[Callable] | None = None,                  # plain functions, as for the trainer
-    sampling: Sampling = Sampling(),          # how to draw
+    sampling: Sampling = Sampling(2**31),     # how to draw
     limits: RolloutLimits = RolloutLimits(),  # what a rollout may use
-    seed: int | None = 0,            # of the draws; None goes on with the global generator
+    seed: int = 0,                   # of the draws
     batch_size: int = 128,           # rollouts at once
+    call_format: str | None = None,  # how calls are written: None for the chat template's own way, or "json", "xml", "fenced", "list"
+    engine: Any = None,              # samples turns; None for transformers' `generate`
+    schedule: str = "turn",          # "turn": reproducible; "eager": nobody waits
 ) -> Evaluation:
-    "Roll out every row once and score it; same seed, same result on a CPU. The global random generator is left as it was."
-    done, ends = [], end_tokens(model, tokenizer)
-    with seeded(seed, model.device), _evaluating(model):
+    "Roll out every row once and score it; same seed, same result on a CPU. The global random generator is not used."
+    done, ends, engine = [], end_tokens(model, tokenizer), engine or GenerateEngine(model, tokenizer)
+    with engine.ready():
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            formats, named, prompts = zip(*(_prepare(r, environment_factory, tools, tokenizer, ends) for r in rows))
-            done += rollouts(list(prompts), partial(generate, model, tokenizer, sampling=sampling), list(formats), list(named), limits)
+            prompts, named, formats = zip(*(_prepare(r, environment_factory, tools, tokenizer, ends, call_format) for r in rows))
+            done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate", start), schedule)
     columns = {c: [row[c] for row in dataset] for c in dataset.column_names if c not in ("prompt", "completion", "completion_ids")}
     return Evaluation(done, reward(prompts=[row["prompt"] for row in dataset], completions=[t.messages for t in done],
                                    completion_ids=[t.completion_ids for t in done], **columns))

@@ -151,7 +151,9 @@ class Turnstile:
         self._open()
 
     def _open(self):
-        if len(self._waiting) < self._live: return
+        if len(self._waiting) >= self._live: asyncio.get_running_loop().call_soon(self._release)   # later, so that whoever asked last waits like the others
+
+    def _release(self):
         waiting, self._waiting = sorted(self._waiting.items()), {}
         for _, gate in waiting: gate.done() or gate.set_result(None)
 
@@ -204,7 +206,7 @@ def run_async(
 # %% ../nbs/11_rollout.ipynb #2be4d2ea
 def rollouts(
     tasks: list,                      # N dataset rows or rendered prompts
-    engine: Any,                      # samples turns
+    engine: Any,                      # samples turns; inside `with engine.ready(version)`
     environments: list,               # N: instances whose public methods are tools, dicts of tools by name, or None
     formats: list[ChatFormat],        # N, one a rollout
     limits: RolloutLimits = RolloutLimits(),   # what each may use
@@ -213,7 +215,6 @@ def rollouts(
     schedule: str = "turn",           # "turn": sample when all have asked, reproducible; "eager": nobody waits
     workers: int = 32,                # tools running at once; 1 runs them one after another in this thread, as TRL does
     loop: asyncio.AbstractEventLoop | None = None,   # event loop of coroutine tools
-    version: int = 0,                 # of the policy's weights: number of optimiser steps done
     clock: dict | None = None,        # takes up "generation_seconds" and "tool_seconds": wall time in which engine and tools worked
 ) -> list[Trajectory]:                # N, in order
     "Roll all tasks out together. Raises: ValueError for an unknown schedule; RuntimeError where too many tools never come back."
@@ -231,6 +232,6 @@ def rollouts(
         gate = Turnstile(timed, len(tasks)) if schedule == "turn" else None
         return await asyncio.gather(*(one(timed, gate, slots, i) for i in range(len(tasks))))
     try:
-        with engine.ready(version), bar: return run_async(everyone)
+        with bar: return run_async(everyone)
     finally:
         if clock is not None: clock |= {"generation_seconds": generating.seconds, "tool_seconds": using.seconds}

@@ -7,7 +7,7 @@ __all__ = ['TIRTrainer']
 
 # %% ../nbs/41_trainer.ipynb #03c7e73d
 import json, os, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Callable
 
 # %% ../nbs/41_trainer.ipynb #de432a01
@@ -17,19 +17,21 @@ from fastcore.basics import patch
 from transformers import AutoProcessor
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
+from trl.models import unwrap_model_for_generation
 
 # %% ../nbs/41_trainer.ipynb #84a219db
 import tirlab
 from .advantages import discounted_returns, pooled_advantages, spread_to_tokens
-from .config import TIRConfig, check_budget, check_columns, check_tokenizer, rollout_limits
-from .engines import Sampled
+from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
+from .drift import assert_masks
+from .engines import BatchEngine, EngineError, GenerateEngine, Sampled, Sampling, noise_seed
 from .environments import check_tool
-from .formats import CONTROL_TOKENS, ChatFormat
+from .formats import make_format
 from .recorder import Recorder
 from .rewards import format_rewards, turn_rewards
-from .rollout import rollouts
+from .rollout import rollout_metrics, rollouts, run_async
 from .traces import RunWriter, check_folder, trace_id
-from .trajectory import StopReason, ToolError, TurnKind
+from .trajectory import StopReason, ToolError
 
 # %% ../nbs/41_trainer.ipynb #7aac6e8e
 @contextmanager
@@ -69,44 +71,157 @@ class TIRTrainer(GRPOTrainer):
                                                              padding_side="left", trust_remote_code=args.trust_remote_code)
         talks = getattr(train_dataset, "column_names", None) and "prompt" in train_dataset.column_names and is_conversational(next(iter(train_dataset)))
         check_tokenizer(processing_class, name, talks or bool(tools or environment_factory))
+        self.engine_name, self.schedule = engine_of(args)
         with warnings.catch_warnings(), _nothing_left_behind(args.output_dir):
             warnings.filterwarnings("ignore", ".*environment_factory.*experimental")   # pinned, and held to TRL's behaviour by tests/test_parity.py
-            super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=tools,
+            with _calls_as_text(processing_class) if args.call_format else nullcontext(): super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=tools,
                              environment_factory=environment_factory, **kwargs)
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
+        self._sampler, self._drawn, self._checked, self._canary_of = None, {}, False, None
 
 # %% ../nbs/41_trainer.ipynb #fbd5e63e
-@patch
-def _engine(self: TIRTrainer, sample, num_generations, clock):
-    "TRL's sampler as a batched engine; adds its seconds to `clock`."
-    def generate(prompts):
-        start = time.perf_counter()
-        ids, logprobs = sample(prompts, None, {}, num_generations if not clock["calls"] else 1)
-        clock["calls"], clock["seconds"] = clock["calls"] + 1, clock["seconds"] + time.perf_counter() - start
-        return [Sampled(i, p) for i, p in zip(ids, logprobs or [None] * len(ids))]
-    return generate
+_PLAIN = ("{% for m in messages %}{{ m.role + ':' + (m.content or '') + ((m.tool_calls | tojson) if m.tool_calls else '') + eos_token }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+
+@contextmanager
+def _calls_as_text(tokenizer):
+    "Inside, the tokenizer seems to render and parse tool calls."
+    own, has = tokenizer.chat_template, getattr(tokenizer, "response_template", None)
+    tokenizer.chat_template, tokenizer.response_template = _PLAIN, has or {"fields": {}}
+    try: yield
+    finally:
+        tokenizer.chat_template = own
+        if has is None: del tokenizer.response_template
 
 # %% ../nbs/41_trainer.ipynb #85938e9b
+@patch
+def _formats(self: TIRTrainer, n):
+    "How each of `n` conversations is rendered, parsed and answered."
+    offered = [self._env_tools[e] for e in self._batch_environments] if self.environment_factories else [self.tools] * n
+    return [make_format(self.args.call_format, self._tokenizer, tools, self.chat_template, self.chat_template_kwargs, self.eos_token_ids) for tools in offered]
+
+@patch
+def _tokenize_prompts(self: TIRTrainer, prompts):
+    "TRL's rendered prompts; in another call format, ours."
+    if not self.args.call_format: return super(TIRTrainer, self)._tokenize_prompts(prompts)
+    return [f.prompt(p) for f, p in zip(self._formats(len(prompts)), prompts)], None, {}
+
+# %% ../nbs/41_trainer.ipynb #ffbdfb66
+@patch
+def _engine(self: TIRTrainer, sample, num_generations):
+    "The engine that these arguments ask for."
+    if self.engine_name == "trl":
+        first = [num_generations]
+        def turns(prompts, samplings):
+            ids, logprobs = sample(prompts, None, {}, first.pop() if first else 1)
+            return [Sampled(i, p, "end" if i and i[-1] in self.eos_token_ids else "length") for i, p in zip(ids, logprobs or [None] * len(ids))]
+        return BatchEngine(turns, thread=False)
+    if self._sampler is None:
+        if self.engine_name == "generate": self._sampler = GenerateEngine(self.accelerator.unwrap_model(self.model), self._tokenizer)
+        elif self.engine_name == "continuous":
+            from tirlab.continuous import ContinuousEngine
+            self._sampler = ContinuousEngine(self.accelerator.unwrap_model(self.model), self._tokenizer)
+        else:
+            from tirlab.vllm_engines import VLLMEngine, VLLMServerEngine
+            self._sampler = VLLMEngine(self.vllm_generation) if self.engine_name == "vllm" else VLLMServerEngine(self.args.vllm_servers or [self._server_of_trl()], self.vllm_generation)
+    return self._sampler
+
+@patch
+def _server_of_trl(self: TIRTrainer):
+    "Address that TRL's arguments name."
+    return self.args.vllm_server_base_url or f"http://{self.args.vllm_server_host}:{self.args.vllm_server_port}"
+
+# %% ../nbs/41_trainer.ipynb #83f3d517
+@patch
+def _policy(self: TIRTrainer):
+    "Inside, parameters are gathered and gradient checkpointing is off, once for all turns of a batch; engines with weights of their own need neither."
+    if self.engine_name not in ("generate", "continuous"): return nullcontext()
+    return _gathered(self)
+
+@contextmanager
+def _gathered(trainer):
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+                                     gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs), torch.no_grad(), \
+         trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False): yield
+
+# %% ../nbs/41_trainer.ipynb #89d8d82e
+@patch
+def _sampling(self: TIRTrainer):
+    "How TRL's arguments say to draw."
+    a = self.args
+    return Sampling(a.max_completion_length, a.temperature, a.top_p, max(a.top_k, 0), a.min_p or 0.0, a.repetition_penalty)
+
+@patch
+def _noise(self: TIRTrainer, n):
+    "Names of the noise of the `n` rollouts that are made now: seed, split, step, and how many rows of this step came before."
+    key = ("train" if self.model.training else "eval", self._step_on_record())
+    before = self._drawn.get(key, 0)
+    self._drawn = {key: before + n * self.accelerator.num_processes}
+    return (self.args.seed, *key, before + n * self.accelerator.process_index)
+
+# %% ../nbs/41_trainer.ipynb #984bbd64
 @patch
 def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
     "Whole rollouts in answer to TRL's request for first turns; the rest is handed over in `_tool_call_loop`."
     if images or multimodal_fields: raise ValueError("TIRTrainer is for text; use TRL's GRPOTrainer for prompts with images.")
-    sample, clock = super(TIRTrainer, self)._generate_single_turn, {"calls": 0, "seconds": 0.0}
-    colocated = self.use_vllm and self.vllm_mode == "colocate"
+    colocated, n, clock = self.use_vllm and self.vllm_mode == "colocate", len(prompt_ids), {}
     context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else self.model.config.get_text_config().max_position_embeddings
-    offered = [self._env_tools[e] for e in self._batch_environments] if self.environment_factories else [self.tools] * len(prompt_ids)
-    formats = [ChatFormat(self._tokenizer, tools, self.chat_template, self.chat_template_kwargs, self.eos_token_ids) for tools in offered]
-    tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * len(prompt_ids)
-    self._batch = rollouts(prompt_ids, self._engine(sample, num_generations, clock), formats, tools, rollout_limits(self.args, context, bool(self.tools)),
-                           self.args.tool_workers, getattr(self, "async_loop", None))
-    self._log_rollouts(clock["seconds"])
+    tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * n
+    engine = self._engine(super(TIRTrainer, self)._generate_single_turn, num_generations)
+    with self._policy(), engine.ready(self.state.global_step):
+        canary = self._ask_canary(engine, prompt_ids[0])
+        self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), self._sampling(),
+                               self._noise(n), self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock)
+    self._check_canary(canary)
+    self._check_failures(num_generations)
+    self._log_rollouts(clock)
     self._retire_environments()
-    if self.tools: return [[self._tokenizer.eos_token_id]] * len(prompt_ids), None   # stand-ins: `_tool_call_loop` hands over the real ones
+    if self.tools: return [[self._tokenizer.eos_token_id]] * n, None   # stand-ins: `_tool_call_loop` hands over the real ones
     first = [t.turns[0] if t.turns else None for t in self._batch]
     logprobs = [t.logprobs if t else [0.0] for t in first]
     return [t.ids if t else [self._tokenizer.pad_token_id] for t in first], None if None in logprobs else [list(p) for p in logprobs]
+
+# %% ../nbs/41_trainer.ipynb #11ebba5a
+@patch
+def _check_failures(self: TIRTrainer, num_generations):
+    "Raises: EngineError where no group of all processes is whole."
+    errors = gather_object([(not t.turns, t.error) for t in self._batch])
+    groups = [errors[i:i + num_generations] for i in range(0, len(errors), num_generations)]
+    if all(any(failed for failed, _ in g) for g in groups):
+        said = next((e for _, e in errors if e), "Nothing could be sampled: the prompts fill the model's context. Shorten them.")
+        raise EngineError(f"No group of rollouts is whole, {sum(f for f, _ in errors)} of {len(errors)} failed: {said}")
+
+# %% ../nbs/41_trainer.ipynb #f7145171
+@patch
+def _ask_canary(self: TIRTrainer, engine, prompt):
+    "A few tokens from an engine whose copy of the weights was renewed since last time; None where it has no copy."
+    if self._canary_of == self.state.global_step or not (self.use_vllm or self.engine_name == "continuous"): return None
+    self._canary_of, start = self.state.global_step, time.perf_counter()
+    sampling = Sampling(16, self.args.temperature, seed=noise_seed(self.args.seed, "canary"))
+    if self.engine_name == "trl": return None if self.accelerator.num_processes > 1 else (prompt, run_async(lambda: engine.generate(prompt, sampling)), start)
+    return prompt, run_async(lambda: engine.generate(prompt, sampling)), start
+
+# %% ../nbs/41_trainer.ipynb #9efcd01d
+@patch
+def _check_canary(self: TIRTrainer, canary):
+    "Raises: EngineError where engine and trainer differ by more than the tolerance on the canary; logs gap and seconds."
+    if canary is None: return
+    prompt, sampled, asked = canary
+    start, training = time.perf_counter(), self.model.training
+    with torch.no_grad():
+        self.model.eval()
+        ids = torch.tensor([prompt + sampled.ids], device=self.accelerator.device)
+        logits = self.model(ids, logits_to_keep=len(sampled.ids) + 1).logits[0, :-1].float() / (self.args.temperature or 1)
+        self.model.train(training)
+    gap = (logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0] - torch.tensor(sampled.logprobs, device=ids.device)).abs().max().item()
+    full = next(self.model.parameters()).dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+    allowed, mode = self.args.sync_tolerance or (0.01 if full else 0.3), "train" if training else "eval"
+    for name, value in {"sync/canary_gap": gap, "sync/canary_seconds": time.perf_counter() - start}.items(): self._metrics[mode][name].append(value)
+    if not gap <= allowed:
+        raise EngineError(f"The engine does not sample from the policy that is trained: on a canary of {len(sampled.ids)} tokens their log-probabilities differ by up to {gap:.3g} nats, "
+                          f"sync_tolerance allows {allowed:g}. The transfer of weights failed, or engine and trainer compute differently; nothing was trained on these rollouts.")
 
 # %% ../nbs/41_trainer.ipynb #6b37360e
 @patch
@@ -129,16 +244,9 @@ def _retire_environments(self: TIRTrainer):
 
 # %% ../nbs/41_trainer.ipynb #2b794b00
 @patch
-def _log_rollouts(self: TIRTrainer, generation_seconds):
-    "A rollout's turns, broken calls, cut answers and tool seconds on average; shares of stop reasons and kinds of turns; seconds of generation."
-    batch, mode = self._batch, "train" if self.model.training else "eval"
-    turns = [k for t in batch for k in t.turns]
-    share = lambda items, value: sum(i == value for i in items) / max(len(items), 1)
-    values = {"rollout/turns": len(turns) / len(batch), "rollout/malformed_calls": sum(r.error is ToolError.MALFORMED for t in batch for r in t.results) / len(batch),
-              "rollout/cut_results": sum(r.truncated for t in batch for r in t.results) / len(batch),
-              "rollout/tool_seconds": sum(r.seconds for t in batch for r in t.results) / len(batch), "rollout/generation_seconds": generation_seconds}
-    values |= {f"rollout/stop_{s.value}": share([t.stop for t in batch], s) for s in StopReason}
-    values |= {f"turns/{k.value}": share([t.kind for t in turns], k) for k in TurnKind}
+def _log_rollouts(self: TIRTrainer, clock):
+    "What the rollouts of all processes were like on average, and where the time went."
+    mode, values = "train" if self.model.training else "eval", rollout_metrics(self._batch) | {f"rollout/{k}": v for k, v in clock.items()}
     means = self.accelerator.gather(torch.tensor([list(values.values())], device=self.accelerator.device)).mean(0).tolist()
     for name, value in zip(values, means): self._metrics[mode][name].append(value)
 
@@ -147,7 +255,7 @@ def _log_rollouts(self: TIRTrainer, generation_seconds):
 def _calculate_rewards(self: TIRTrainer, inputs, prompts, completions, completion_ids_list):
     "TRL's rewards of all processes, (N, F), without those of rollouts that failed; kept for `_turn_credit` and the record."
     rewards = super(TIRTrainer, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-    failed = torch.tensor([t.stop is StopReason.FAILED for t in self._batch], device=rewards.device)
+    failed = torch.tensor([not t.turns for t in self._batch], device=rewards.device)
     self._rewards = rewards.masked_fill(self.accelerator.gather(failed)[:, None], torch.nan)
     return self._rewards
 
@@ -182,6 +290,8 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     "TRL's batch, with turn-level advantages where asked for, and a number a row by which the loss finds its record."
     output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
     width, turns, rewards = output["completion_ids"].shape[1], max(len(t.turns) for t in self._batch), None
+    self._check_first_batch(output)
+    self._log_removed(output)
     by_turn = output["advantages"][:, None].expand(-1, max(turns, 1))
     if self.args.advantage == "gtpo":
         rewards, advantages = self._turn_credit(self.num_generations if self.model.training else self.num_generations_eval)
@@ -192,6 +302,22 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
         log.extend(gather_object([a[:len(t.turns)].mean().item() if t.turns else 0.0 for a, t in zip(by_turn, self._batch)]))
     if self._recorder: output["record"] = self._open_records(inputs, by_turn, rewards, self._token_advantages(by_turn, width))
     return output
+
+# %% ../nbs/41_trainer.ipynb #b242d6f7
+@patch
+def _check_first_batch(self: TIRTrainer, output):
+    "Raises: MaskError where the loss would see other tokens than those that were sampled."
+    if self._checked or not self.model.training: return
+    if not self.args.mask_truncated_completions:   # which takes rows out of the loss on purpose
+        assert_masks(self._batch, output["completion_ids"], output["completion_mask"], output.get("tool_mask"), self.eos_token_ids, lambda i: self._tokenizer.decode([i]))
+    self._checked = True
+
+@patch
+def _log_removed(self: TIRTrainer, output):
+    "Rollouts that TRL's importance sampling takes out of the loss: every weight zero."
+    if (ratio := output.get("importance_sampling_ratio")) is None: return
+    removed = (ratio.expand_as(output["completion_mask"]) * output["completion_mask"]).eq(0).all(1).float()
+    self._metrics["train" if self.model.training else "eval"]["sync/removed_rollouts"].append(self.accelerator.gather(removed).sum().item())
 
 # %% ../nbs/41_trainer.ipynb #88c35fdd
 def _text(value):
@@ -233,9 +359,21 @@ def _get_per_token_logps_and_entropies(self: TIRTrainer, *args, **kwargs):
 def _compute_loss(self: TIRTrainer, model, inputs):
     "TRL's loss; what it computed about each token goes to the record."
     loss = super(TIRTrainer, self)._compute_loss(model, inputs)
+    self._log_gap(inputs)
     if self._recorder and "record" in inputs and self._recorder.score(inputs["record"].tolist(), *self._scores, self._step_on_record()):
         self._recorder.write(gather_object)
     return loss
+
+# %% ../nbs/41_trainer.ipynb #5b73cd78
+@patch
+def _log_gap(self: TIRTrainer, inputs):
+    "How far the sampler's log-probabilities are from the trainer's, in nats a token, as long as both hold the same weights."
+    if "sampling_per_token_logps" not in inputs or self._step_on_record() not in [s for _, s in self._drawn]: return
+    mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+    gap, mode = (self._scores[0] - inputs["sampling_per_token_logps"]).abs()[mask].float(), "train" if self.model.training else "eval"
+    total, tokens, most = self.accelerator.gather(torch.stack([gap.sum(), mask.sum(), gap.max() if len(gap) else gap.sum()])[None]).unbind(1)
+    if not tokens.sum(): return
+    for name, value in {"sync/gap_mean": total.sum() / tokens.sum(), "sync/gap_max": most.max()}.items(): self._metrics[mode][name].append(value.item())
 
 # %% ../nbs/41_trainer.ipynb #a4e9ac73
 @patch
@@ -258,7 +396,7 @@ def _open_run(self: TIRTrainer, resume):
     again = self._rows_of_step is not None
     if self.run_dir is None: self.run_dir = broadcast_object_list([_free(os.path.join(self.args.output_dir, time.strftime("run-%Y%m%d-%H%M%S")))])[0]
     if not again: self._rows_of_step = {}
-    meta = dict(model=self.model.config._name_or_path, config=self.args.to_dict(), control_tokens=list(CONTROL_TOKENS), tools=[t.__name__ for t in self.tools],
+    meta = dict(model=self.model.config._name_or_path, config=self.args.to_dict(), control_tokens=list(make_format(self.args.call_format, self._tokenizer, self.tools).control_ids()), tools=[t.__name__ for t in self.tools],
                 versions={m.__name__: m.__version__ for m in (tirlab, torch, __import__("transformers"), __import__("trl"))})
     self._recorder = Recorder(RunWriter(self.run_dir, meta, self.accelerator.process_index, resume=again or resume), self._tokenizer)
     if self.is_world_process_zero() and not again: print(f"Run folder: {self.run_dir}\nLook at it with: tirlab app {self.run_dir}")
