@@ -332,7 +332,7 @@ _REFUSED = {
     "tools": "The chat template of {} cannot render tool calls and their answers; write them as text, e.g. in format json.",
     "parser": "How {} writes calls is not known to TRL; set tokenizer.response_template, or write them as text, e.g. in format json.",
     "prefix": "The chat template of {} renders earlier turns anew when a tool has answered, and TRL has no repair for it; use a prefix-preserving one.",
-    "system": "The chat template of {} cannot render the system message that is to say how tools are called; use another template.",
+    "text": "The chat template of {} cannot render a conversation of plain text; use another template.",
 }
 
 def _refuse(why, tokenizer): return ValueError(_REFUSED[why].format(tokenizer.name_or_path or "this tokenizer"))
@@ -364,7 +364,7 @@ def _text_format(make, tokenizer):
     "Calls as text, tried once. Raises: ValueError."
     format = make(tokenizer)
     try: format.prompt([{"role": "user", "content": "dummy"}]), format.observe([ToolResult("python", "85")])
-    except TemplateError: raise _refuse("system", tokenizer) from None
+    except TemplateError: raise _refuse("text", tokenizer) from None
     return format
 
 # %% ../nbs/11a_drift.ipynb #8c93db78
