@@ -26,8 +26,8 @@ from .trainer import TIRTrainer
 def heavy_tail(
     key: str,   # what is called, with which arguments
 ) -> float:     # seconds
-    "A delay between 10 ms and 2 s, Pareto with exponent 0.7; the same key, the same delay."
-    return min(0.01 * random.Random(key).paretovariate(0.7), 2.0)
+    "A delay between 10 ms and 2 s, log-uniform; the same key, the same delay."
+    return 0.01 * 200 ** random.Random(key).random()
 
 LATENCIES = {"0ms": lambda key: 0.0, "100ms": lambda key: 0.1, "heavy_tail": heavy_tail}
 

@@ -172,6 +172,8 @@ class BatchEngine:
     async def _serve(self):
         try:
             while self._waiting:
+                seen = 0
+                while seen < len(self._waiting): seen = len(self._waiting); await asyncio.sleep(0.002 if self._pool else 0)
                 kind = _kind(self._waiting[0][1])
                 batch = [w for w in self._waiting if _kind(w[1]) == kind]
                 self._waiting = [w for w in self._waiting if _kind(w[1]) != kind]
