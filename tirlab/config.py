@@ -41,8 +41,8 @@ class TIRConfig(GRPOConfig):
     engine: str = field(default="auto", metadata={"help": "What samples: 'generate' (transformers), 'continuous' (transformers' continuous batching), 'vllm' (colocated), 'server' (vllm servers, see vllm_servers), "
         "'trl' (TRL's own sampler and random generator). 'auto': vLLM as use_vllm says, else continuous on an accelerator and generate on a CPU."})
     schedule: str = field(default="auto", metadata={"help": "'turn' samples when all rollouts have asked, reproducibly; 'eager' lets nobody wait. 'auto': turn on a CPU and with engine='trl', else eager."})
-    vllm_servers: list[str] | None = field(default=None, metadata={"help": "Addresses of several vLLM servers, e.g. http://node1:8000, for engine='server'; None for the one that TRL's vllm_server_* arguments name."})
-    sync_tolerance: float | None = field(default=None, metadata={"help": "Largest gap, in nats a token, between engine and trainer on a canary after each transfer of weights; above it the run stops. None: 0.01 in float32, 0.3 in 16 bits."})
+    vllm_servers: list[str] | None = field(default=None, metadata={"help": "Addresses of several vLLM servers, e.g. http://node1:8000, for engine='server'; TRL connects to the first."})
+    sync_tolerance: float | None = field(default=None, metadata={"help": "Largest gap, in nats a token, between engine and trainer on a canary after each transfer of weights; above it the run stops. None: 0.001 in float32, 0.3 in 16 bits."})
     trace: bool = field(default=True, metadata={"help": "Write a run folder while training."})
     run_dir: str | None = field(default=None, metadata={"help": "Run folder to write; None makes a new one, named by the time, in `output_dir`."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
@@ -54,7 +54,9 @@ class TIRConfig(GRPOConfig):
             self.use_cpu = True
             if self.bf16 is None: self.bf16 = False
         if self.gradient_checkpointing is None: self.gradient_checkpointing = not cpu
-        if self.engine == "server": self.use_vllm, self.vllm_mode = True, "server"
+        if self.engine == "server":
+            if not self.vllm_servers: raise ValueError("engine='server' needs vllm_servers, the addresses of one or more vLLM servers, e.g. ['http://node1:8000'].")
+            self.use_vllm, self.vllm_mode, self.vllm_server_base_url = True, "server", self.vllm_server_base_url or self.vllm_servers[0]
         if self.engine == "vllm": self.use_vllm, self.vllm_mode = True, "colocate"
         _check_values(self)
         super().__post_init__()

@@ -113,7 +113,8 @@ async def rollout(
         if now is None: return done(StopReason.LENGTH if turns else StopReason.FAILED)
         if now.broken and limits.malformed == "stop": return done(StopReason.MALFORMED, now.turn())
         if now.void and limits.void == "stop": return done(StopReason.VOID, now.turn())
-        if not (now.calls or now.broken or now.void): return done(StopReason.ANSWER if now.ended else StopReason.LENGTH, now.turn())
+        full = StopReason.LENGTH if len(ids) + now.size < limits.context_tokens else StopReason.CONTEXT
+        if not (now.calls or now.broken or now.void): return done(StopReason.ANSWER if now.ended else full, now.turn())
         if limits.tool_rounds is not None and rounds >= limits.tool_rounds: return done(StopReason.MAX_TURNS, now.turn())
         if now.calls:
             with busy.one() if busy else nullcontext(): results = await run_calls(now.calls, tools, limits, slots, loop)

@@ -124,14 +124,9 @@ def _engine(self: TIRTrainer, sample, num_generations):
             from tirlab.continuous import ContinuousEngine
             self._sampler = ContinuousEngine(self.accelerator.unwrap_model(self.model), self._tokenizer)
         else:
-            from tirlab.vllm_engines import VLLMEngine, VLLMServerEngine
-            self._sampler = VLLMEngine(self.vllm_generation) if self.engine_name == "vllm" else VLLMServerEngine(self.args.vllm_servers or [self._server_of_trl()], self.vllm_generation)
+            from tirlab.vllm_engines import VLLMServerEngine, server_sync, vllm_engine_of
+            self._sampler = vllm_engine_of(self.vllm_generation) if self.engine_name == "vllm" else VLLMServerEngine(self.args.vllm_servers, sync=server_sync(self.vllm_generation))
     return self._sampler
-
-@patch
-def _server_of_trl(self: TIRTrainer):
-    "Address that TRL's arguments name."
-    return self.args.vllm_server_base_url or f"http://{self.args.vllm_server_host}:{self.args.vllm_server_port}"
 
 # %% ../nbs/41_trainer.ipynb #83f3d517
 @patch
@@ -169,11 +164,11 @@ def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_field
     colocated, n, clock = self.use_vllm and self.vllm_mode == "colocate", len(prompt_ids), {}
     context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else self.model.config.get_text_config().max_position_embeddings
     tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * n
-    engine = self._engine(super(TIRTrainer, self)._generate_single_turn, num_generations)
+    engine, noise = self._engine(super(TIRTrainer, self)._generate_single_turn, num_generations), self._noise(n)   # named before the model leaves training mode
     with self._policy(), engine.ready(self.state.global_step):
         canary = self._ask_canary(engine, prompt_ids[0])
         self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), self._sampling(),
-                               self._noise(n), self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock)
+                               noise, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock)
     self._check_canary(canary)
     self._check_failures(num_generations)
     self._log_rollouts(clock)
@@ -197,10 +192,11 @@ def _check_failures(self: TIRTrainer, num_generations):
 @patch
 def _ask_canary(self: TIRTrainer, engine, prompt):
     "A few tokens from an engine whose copy of the weights was renewed since last time; None where it has no copy."
-    if self._canary_of == self.state.global_step or not (self.use_vllm or self.engine_name == "continuous"): return None
+    together = self.engine_name == "trl" and self.accelerator.num_processes > 1   # then nobody can ask alone
+    copies = self.use_vllm or self.engine_name in ("vllm", "server", "continuous")
+    if self._canary_of == self.state.global_step or not copies or together: return None
     self._canary_of, start = self.state.global_step, time.perf_counter()
     sampling = Sampling(16, self.args.temperature, seed=noise_seed(self.args.seed, "canary"))
-    if self.engine_name == "trl": return None if self.accelerator.num_processes > 1 else (prompt, run_async(lambda: engine.generate(prompt, sampling)), start)
     return prompt, run_async(lambda: engine.generate(prompt, sampling)), start
 
 # %% ../nbs/41_trainer.ipynb #9efcd01d
@@ -217,7 +213,7 @@ def _check_canary(self: TIRTrainer, canary):
         self.model.train(training)
     gap = (logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0] - torch.tensor(sampled.logprobs, device=ids.device)).abs().max().item()
     full = next(self.model.parameters()).dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-    allowed, mode = self.args.sync_tolerance or (0.01 if full else 0.3), "train" if training else "eval"
+    allowed, mode = self.args.sync_tolerance or (0.001 if full else 0.3), "train" if training else "eval"
     for name, value in {"sync/canary_gap": gap, "sync/canary_seconds": time.perf_counter() - start}.items(): self._metrics[mode][name].append(value)
     if not gap <= allowed:
         raise EngineError(f"The engine does not sample from the policy that is trained: on a canary of {len(sampled.ids)} tokens their log-probabilities differ by up to {gap:.3g} nats, "
@@ -308,8 +304,7 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
 def _check_first_batch(self: TIRTrainer, output):
     "Raises: MaskError where the loss would see other tokens than those that were sampled."
     if self._checked or not self.model.training: return
-    if not self.args.mask_truncated_completions:   # which takes rows out of the loss on purpose
-        assert_masks(self._batch, output["completion_ids"], output["completion_mask"], output.get("tool_mask"), self.eos_token_ids, lambda i: self._tokenizer.decode([i]))
+    assert_masks(self._batch, output["completion_ids"], output["completion_mask"], output.get("tool_mask"), self.eos_token_ids, lambda i: self._tokenizer.decode([i]))
     self._checked = True
 
 @patch
