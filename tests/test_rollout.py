@@ -333,3 +333,33 @@ def test_eager_training_gives_the_same_trajectories(tmp_path):
         run = open_run(t.run_dir)
         return [run.trajectory(i).ids.tolist() if hasattr(run.trajectory(i).ids, "tolist") else list(run.trajectory(i).ids) for i in run.index().id]
     assert go("turn") == go("eager")
+
+
+# ---- TRL's sampler in several processes
+
+
+def test_processes_that_sample_together_stay_in_step():
+    "Two processes with unequal numbers of turns, TRL's sampler a collective: whoever is done keeps up, and both end."
+    import threading
+    from tirlab.sampler import keep_up, trl_engine
+    barrier, calls, shared = threading.Barrier(2, timeout=20), [0, 0], [None, None]
+    def process(rank, turns):
+        def gather(mine):
+            barrier.wait()
+            shared[rank] = mine[0]
+            barrier.wait()
+            return list(shared)
+        def sample(prompts, images, fields, n):
+            barrier.wait()      # a collective: hangs unless the other samples too
+            calls[rank] += 1
+            return [TOK.encode("x<|im_end|>") for _ in prompts], None
+        engine = trl_engine(sample, 8, [TOK.eos_token_id], gather)
+        async def play():
+            for _ in range(turns):
+                assert (await engine.generate([1], Sampling())).stop == "end"
+        asyncio.run(play())
+        keep_up(sample, [1], gather)
+    threads = [threading.Thread(target=process, args=a, daemon=True) for a in ((0, 2), (1, 5))]
+    [t.start() for t in threads]
+    [t.join(30) for t in threads]
+    assert not any(t.is_alive() for t in threads) and calls == [5, 5]

@@ -290,6 +290,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tirlab.sampler.Canary.check': ('sampler.html#canary.check', 'tirlab/sampler.py'),
                                 'tirlab.sampler.calls_as_text': ('sampler.html#calls_as_text', 'tirlab/sampler.py'),
                                 'tirlab.sampler.gathered': ('sampler.html#gathered', 'tirlab/sampler.py'),
+                                'tirlab.sampler.keep_up': ('sampler.html#keep_up', 'tirlab/sampler.py'),
                                 'tirlab.sampler.make_engine': ('sampler.html#make_engine', 'tirlab/sampler.py'),
                                 'tirlab.sampler.sampling_of': ('sampler.html#sampling_of', 'tirlab/sampler.py'),
                                 'tirlab.sampler.trl_engine': ('sampler.html#trl_engine', 'tirlab/sampler.py')},

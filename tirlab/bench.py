@@ -110,9 +110,9 @@ def bench_rollout(
             for t in (trl, ours): time_rollouts(t)   # the first batch warms up
             pairs = []
             for _ in range(repeats): pairs.append((time_rollouts(ours), time_rollouts(trl))); bar.update()
-            rates = lambda i, which: statistics.median(p[which][i] / p[which][2] for p in pairs)
-            ratio = lambda i: statistics.median((a[i] / a[2]) / (b[i] / b[2]) for a, b in pairs)
-            figures |= {f"tokens_ratio_{name}": ratio(0), f"rollouts_ratio_{name}": ratio(1), f"tokens_per_second_{name}": rates(0, 0),
-                        f"trl_tokens_per_second_{name}": rates(0, 1), f"rollouts_per_second_{name}": rates(1, 0), f"trl_rollouts_per_second_{name}": rates(1, 1)}
+            for i, what in enumerate(("tokens", "rollouts")):
+                mine, theirs = [a[i] / a[2] for a, _ in pairs], [b[i] / b[2] for _, b in pairs]
+                figures |= {f"{what}_ratio_{name}": statistics.median(a / b for a, b in zip(mine, theirs)),
+                            f"{what}_per_second_{name}": statistics.median(mine), f"trl_{what}_per_second_{name}": statistics.median(theirs)}
     bar.close()
     return figures

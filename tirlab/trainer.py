@@ -17,21 +17,21 @@ from fastcore.basics import patch
 from transformers import AutoProcessor
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.models import unwrap_model_for_generation
 
 # %% ../nbs/41_trainer.ipynb #84a219db
 import tirlab
 from .advantages import discounted_returns, pooled_advantages, spread_to_tokens
 from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
 from .drift import assert_masks
-from .engines import BatchEngine, EngineError, GenerateEngine, Sampled, Sampling, noise_seed
+from .engines import EngineError
 from .environments import check_tool
 from .formats import make_format
 from .recorder import Recorder
 from .rewards import format_rewards, turn_rewards
-from .rollout import rollout_metrics, rollouts, run_async
+from .rollout import rollout_metrics, rollouts
+from .sampler import Canary, calls_as_text, gathered, keep_up, make_engine, sampling_of, trl_engine
 from .traces import RunWriter, check_folder, trace_id
-from .trajectory import StopReason, ToolError
+from .trajectory import ToolError
 
 # %% ../nbs/41_trainer.ipynb #7aac6e8e
 @contextmanager
@@ -74,26 +74,14 @@ class TIRTrainer(GRPOTrainer):
         self.engine_name, self.schedule = engine_of(args)
         with warnings.catch_warnings(), _nothing_left_behind(args.output_dir):
             warnings.filterwarnings("ignore", ".*environment_factory.*experimental")   # pinned, and held to TRL's behaviour by tests/test_parity.py
-            with _calls_as_text(processing_class) if args.call_format else nullcontext(): super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=tools,
+            with calls_as_text(processing_class) if args.call_format else nullcontext(): super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=tools,
                              environment_factory=environment_factory, **kwargs)
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
-        self._sampler, self._drawn, self._checked, self._canary_of = None, {}, False, None
-
-# %% ../nbs/41_trainer.ipynb #fbd5e63e
-_PLAIN = ("{% for m in messages %}{{ m.role + ':' + (m.content or '') + ((m.tool_calls | tojson) if m.tool_calls else '') + eos_token }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
-
-@contextmanager
-def _calls_as_text(tokenizer):
-    "Inside, the tokenizer seems to render and parse tool calls."
-    own, has = tokenizer.chat_template, getattr(tokenizer, "response_template", None)
-    tokenizer.chat_template, tokenizer.response_template = _PLAIN, has or {"fields": {}}
-    try: yield
-    finally:
-        tokenizer.chat_template = own
-        if has is None: del tokenizer.response_template
+        self._sampler, self._drawn, self._checked = None, {}, False
+        copies = self.use_vllm or self.engine_name == "continuous"   # with TRL's sampler in several processes nobody can ask alone
+        self._canary = Canary(args, copies and not (self.engine_name == "trl" and self.accelerator.num_processes > 1))
 
 # %% ../nbs/41_trainer.ipynb #85938e9b
 @patch
@@ -110,45 +98,6 @@ def _tokenize_prompts(self: TIRTrainer, prompts):
 
 # %% ../nbs/41_trainer.ipynb #ffbdfb66
 @patch
-def _engine(self: TIRTrainer, sample, num_generations):
-    "The engine that these arguments ask for."
-    if self.engine_name == "trl":
-        first = [num_generations]
-        def turns(prompts, samplings):
-            ids, logprobs = sample(prompts, None, {}, first.pop() if first else 1)
-            return [Sampled(i, p, "end" if i and i[-1] in self.eos_token_ids else "length") for i, p in zip(ids, logprobs or [None] * len(ids))]
-        return BatchEngine(turns, thread=False)
-    if self._sampler is None:
-        if self.engine_name == "generate": self._sampler = GenerateEngine(self.accelerator.unwrap_model(self.model), self._tokenizer)
-        elif self.engine_name == "continuous":
-            from tirlab.continuous import ContinuousEngine
-            self._sampler = ContinuousEngine(self.accelerator.unwrap_model(self.model), self._tokenizer)
-        else:
-            from tirlab.vllm_engines import VLLMServerEngine, server_sync, vllm_engine_of
-            self._sampler = vllm_engine_of(self.vllm_generation) if self.engine_name == "vllm" else VLLMServerEngine(self.args.vllm_servers, sync=server_sync(self.vllm_generation))
-    return self._sampler
-
-# %% ../nbs/41_trainer.ipynb #83f3d517
-@patch
-def _policy(self: TIRTrainer):
-    "Inside, parameters are gathered and gradient checkpointing is off, once for all turns of a batch; engines with weights of their own need neither."
-    if self.engine_name not in ("generate", "continuous"): return nullcontext()
-    return _gathered(self)
-
-@contextmanager
-def _gathered(trainer):
-    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-                                     gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs), torch.no_grad(), \
-         trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False): yield
-
-# %% ../nbs/41_trainer.ipynb #89d8d82e
-@patch
-def _sampling(self: TIRTrainer):
-    "How TRL's arguments say to draw."
-    a = self.args
-    return Sampling(a.max_completion_length, a.temperature, a.top_p, max(a.top_k, 0), a.min_p or 0.0, a.repetition_penalty)
-
-@patch
 def _noise(self: TIRTrainer, n):
     "Names of the noise of the `n` rollouts that are made now: seed, split, step, and how many rows of this step came before."
     key = ("train" if self.model.training else "eval", self._step_on_record())
@@ -156,7 +105,7 @@ def _noise(self: TIRTrainer, n):
     self._drawn = {key: before + n * self.accelerator.num_processes}
     return (self.args.seed, *key, before + n * self.accelerator.process_index)
 
-# %% ../nbs/41_trainer.ipynb #984bbd64
+# %% ../nbs/41_trainer.ipynb #83f3d517
 @patch
 def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
     "Whole rollouts in answer to TRL's request for first turns; the rest is handed over in `_tool_call_loop`."
@@ -164,12 +113,17 @@ def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_field
     colocated, n, clock = self.use_vllm and self.vllm_mode == "colocate", len(prompt_ids), {}
     context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else self.model.config.get_text_config().max_position_embeddings
     tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * n
-    engine, noise = self._engine(super(TIRTrainer, self)._generate_single_turn, num_generations), self._noise(n)   # named before the model leaves training mode
-    with self._policy(), engine.ready(self.state.global_step):
-        canary = self._ask_canary(engine, prompt_ids[0])
-        self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), self._sampling(),
+    noise, mode = self._noise(n), "train" if self.model.training else "eval"   # asked before the model leaves training mode
+    sample, together = super(TIRTrainer, self)._generate_single_turn, None
+    if self.use_vllm and self.accelerator.num_processes > 1: together = gather_object
+    if self.engine_name == "trl": engine = trl_engine(sample, num_generations, self.eos_token_ids, together)
+    else: engine = self._sampler = self._sampler or make_engine(self)
+    with gathered(self), engine.ready(self.state.global_step):
+        self._canary.ask(engine, prompt_ids[0], self.state.global_step)
+        self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), sampling_of(self.args),
                                noise, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock)
-    self._check_canary(canary)
+        if self.engine_name == "trl" and together: keep_up(sample, prompt_ids[0], together)
+    for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)
     self._check_failures(num_generations)
     self._log_rollouts(clock)
     self._retire_environments()
@@ -187,37 +141,6 @@ def _check_failures(self: TIRTrainer, num_generations):
     if all(any(failed for failed, _ in g) for g in groups):
         said = next((e for _, e in errors if e), "Nothing could be sampled: the prompts fill the model's context. Shorten them.")
         raise EngineError(f"No group of rollouts is whole, {sum(f for f, _ in errors)} of {len(errors)} failed: {said}")
-
-# %% ../nbs/41_trainer.ipynb #f7145171
-@patch
-def _ask_canary(self: TIRTrainer, engine, prompt):
-    "A few tokens from an engine whose copy of the weights was renewed since last time; None where it has no copy."
-    together = self.engine_name == "trl" and self.accelerator.num_processes > 1   # then nobody can ask alone
-    copies = self.use_vllm or self.engine_name in ("vllm", "server", "continuous")
-    if self._canary_of == self.state.global_step or not copies or together: return None
-    self._canary_of, start = self.state.global_step, time.perf_counter()
-    sampling = Sampling(16, self.args.temperature, seed=noise_seed(self.args.seed, "canary"))
-    return prompt, run_async(lambda: engine.generate(prompt, sampling)), start
-
-# %% ../nbs/41_trainer.ipynb #9efcd01d
-@patch
-def _check_canary(self: TIRTrainer, canary):
-    "Raises: EngineError where engine and trainer differ by more than the tolerance on the canary; logs gap and seconds."
-    if canary is None: return
-    prompt, sampled, asked = canary
-    start, training = time.perf_counter(), self.model.training
-    with torch.no_grad():
-        self.model.eval()
-        ids = torch.tensor([prompt + sampled.ids], device=self.accelerator.device)
-        logits = self.model(ids, logits_to_keep=len(sampled.ids) + 1).logits[0, :-1].float() / (self.args.temperature or 1)
-        self.model.train(training)
-    gap = (logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0] - torch.tensor(sampled.logprobs, device=ids.device)).abs().max().item()
-    full = next(self.model.parameters()).dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-    allowed, mode = self.args.sync_tolerance or (0.001 if full else 0.3), "train" if training else "eval"
-    for name, value in {"sync/canary_gap": gap, "sync/canary_seconds": time.perf_counter() - start}.items(): self._metrics[mode][name].append(value)
-    if not gap <= allowed:
-        raise EngineError(f"The engine does not sample from the policy that is trained: on a canary of {len(sampled.ids)} tokens their log-probabilities differ by up to {gap:.3g} nats, "
-                          f"sync_tolerance allows {allowed:g}. The transfer of weights failed, or engine and trainer compute differently; nothing was trained on these rollouts.")
 
 # %% ../nbs/41_trainer.ipynb #6b37360e
 @patch
@@ -292,11 +215,12 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     if self.args.advantage == "gtpo":
         rewards, advantages = self._turn_credit(self.num_generations if self.model.training else self.num_generations_eval)
         rewards, by_turn = self._local(rewards), self._local(advantages)
-        output["advantages"] = self._token_advantages(by_turn, width)
+        output["advantages"] = by_token = self._token_advantages(by_turn, width)
         log = self._logs["advantages"]   # TRL's table has one number a rollout: the mean over its turns
         for _ in range(min(len(log), len(advantages))): log.pop()
         log.extend(gather_object([a[:len(t.turns)].mean().item() if t.turns else 0.0 for a, t in zip(by_turn, self._batch)]))
-    if self._recorder: output["record"] = self._open_records(inputs, by_turn, rewards, self._token_advantages(by_turn, width))
+    else: by_token = self._token_advantages(by_turn, width)
+    if self._recorder: output["record"] = self._open_records(inputs, by_turn, rewards, by_token)
     return output
 
 # %% ../nbs/41_trainer.ipynb #b242d6f7
