@@ -266,7 +266,7 @@ def test_an_engine_with_other_weights_is_found_out(tmp_path):
                 if version == 0 or not stale:
                     theirs.load_state_dict(t.model.state_dict())
                 return super().ready(version)
-        t._sampler, t.engine_name = Copy(theirs, TOK), "vllm"
+        t._sampler, t._canary.needed = Copy(theirs, TOK), True
         t.args.sync_tolerance = 1e-4
         t.train()
         return t

@@ -1,6 +1,9 @@
 "Everything a user needs: `from tirlab.all import *`."
 from tirlab.advantages import *
+from tirlab.calls import *
 from tirlab.config import *
+from tirlab.continuous import ContinuousEngine as ContinuousEngine
+from tirlab.drift import assert_masks as assert_masks, drift_check as drift_check, drift_check_model as drift_check_model
 from tirlab.engines import *
 from tirlab.environments import *
 from tirlab.evaluate import *
@@ -12,3 +15,4 @@ from tirlab.tiny import *
 from tirlab.traces import Run as Run, RunError as RunError, RunWriter as RunWriter, open_run as open_run
 from tirlab.trainer import *
 from tirlab.trajectory import *
+from tirlab.vllm_engines import VLLMEngine as VLLMEngine, VLLMServerEngine as VLLMServerEngine

@@ -7,7 +7,7 @@ __all__ = ['STACK', 'OPTIONAL', 'BENCHES', 'installed', 'check_stack', 'doctor',
            'main']
 
 # %% ../nbs/51_cli.ipynb #7ed99d55
-import argparse, importlib.metadata, json, os, platform, sys
+import argparse, importlib.metadata, inspect, json, os, platform, sys
 
 # %% ../nbs/51_cli.ipynb #f20f7106
 STACK = {"torch": "2.13.0", "transformers": "5.17.0", "trl": "1.16.0", "accelerate": "1.15.0", "datasets": "5.2.0", "plotly": "7.1.0",
@@ -94,15 +94,18 @@ def drift(
     return int(not report.ok)
 
 # %% ../nbs/51_cli.ipynb #86c6fd47
-BENCHES = ("rollout",)
+BENCHES = ("rollout", "engines")
 
 def bench(
     args: argparse.Namespace,   # name, json, and what the benchmark takes
 ) -> int:                       # exit status
     "Run a benchmark; print its figures, last as one line of JSON if asked to."
     import tirlab.bench as benches
-    given = dict(n=args.n, repeats=args.repeats, schedule=args.schedule, engine=args.engine)
-    figures = getattr(benches, f"bench_{args.name}")(**{k: v for k, v in given.items() if v is not None})
+    run = getattr(benches, f"bench_{args.name}")
+    given = {k: v for k, v in vars(args).items() if k in ("n", "repeats", "schedule", "engine", "shape") and v is not None}
+    for name in given:
+        if name not in inspect.signature(run).parameters: raise ValueError(f"bench {args.name} takes no --{name}.")
+    figures = run(**given)
     for name, value in figures.items(): print(f"{name:34} {value:.3g}" if isinstance(value, float) else f"{name:34} {value}", file=sys.stderr if args.json else sys.stdout)
     if args.json: print(json.dumps(figures))
     return 0
@@ -133,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--repeats", type=int, help="pairs of measurements; the median is reported (5)")
     b.add_argument("--schedule", choices=["turn", "eager"], help="of tirlab's rollouts (eager)")
     b.add_argument("--engine", choices=["generate", "continuous"], help="of tirlab's rollouts (generate)")
+    b.add_argument("--shape", choices=["tiny", "0.5b"], help="of the policy that the engines sample from (tiny)")
     b.add_argument("--json", action="store_true", help="end with one JSON object of figures on standard output")
     b.set_defaults(function=bench)
     commands.add_parser("doctor", help="what this machine can do, and what is missing").set_defaults(function=lambda args: doctor())
