@@ -97,15 +97,16 @@ def test_shared_heads_and_sliding_windows(layers):
 
 
 def test_a_cache_too_small_for_all_at_once(model):
-    engine, put_back = ContinuousEngine(model, TOK, 320), []
+    engine, put_back = ContinuousEngine(model, TOK, 160), []
     with engine.ready(): offload = engine._steps.processor.offloading_manager.offload_requests
     engine._steps.processor.offloading_manager.offload_requests = lambda: put_back.append(offload()) or put_back[-1]
-    alike(ask(engine), ask(GenerateEngine(model, TOK)))
+    prompts, long = [FIRST[0][:20]] * 6, [replace(s, temperature=50.0, max_new_tokens=100) for s in EACH[:6]]   # noise seldom ends by itself
+    alike(ask(engine, prompts, long), ask(GenerateEngine(model, TOK), prompts, long))
     assert sum(put_back) > 0                                            # some had to start again, from the token they had reached
 
 
 def test_prompts_longer_than_a_step(model):
-    prompts = [(FIRST[0] * 30)[: 700 + 50 * i] for i in range(4)]       # 3100 tokens, of which a step takes 2048
+    prompts = [(FIRST[0] * 50)[: 700 + 50 * i] for i in range(4)]       # 3100 tokens, of which a step takes 2048
     alike(ask(ContinuousEngine(model, TOK), prompts, EACH[:4]), ask(GenerateEngine(model, TOK), prompts, EACH[:4]))
 
 
@@ -121,7 +122,7 @@ def test_prefixes_are_shared_between_rows_and_turns(model):
     full = len(FIRST[1]) // 16 * 16
     assert rows == pytest.approx(7 * full / (8 * len(FIRST[1])))
     found = engine.prefix_hit_rate * (8 * len(FIRST[1]) + sum(map(len, prompts))) - 7 * full
-    assert found >= sum((len(FIRST[1]) + len(t.ids) - 1) // 16 * 16 for t in firsts)      # all pages of the first turn
+    assert found >= sum((len(FIRST[1]) + len(t.ids) - 2) // 16 * 16 for t in firsts)      # a page that only the last step filled is not kept
     alike(turns, ask(GenerateEngine(model, TOK), prompts, EACH[:8]))
 
 
@@ -140,7 +141,7 @@ def test_the_turn_schedule_gives_the_same_bits(model):
     format = ChatFormat(TOK, [python])
     def go(e, schedule):
         with e.ready():
-            return rollouts(PROMPTS, e, [{"python": python}] * 9, [format] * 9, RolloutLimits(128), seed=(3,), schedule=schedule)
+            return rollouts(PROMPTS, e, [{"python": python}] * 9, [format] * 9, RolloutLimits(96), seed=(3,), schedule=schedule)
     one, two, fresh = go(engine, "turn"), go(engine, "turn"), go(ContinuousEngine(model, TOK), "turn")
     eager, static = go(engine, "eager"), go(GenerateEngine(model, TOK), "turn")
     assert [t.logprobs for t in one] == [t.logprobs for t in two] == [t.logprobs for t in fresh] and max(len(t.turns) for t in one) > 1
@@ -205,7 +206,7 @@ def test_no_room(model):
     long, empty, good = ask(engine, [FIRST[0] * 20, [], FIRST[0]], EACH[:3])
     assert isinstance(long, EngineError) and "No room" in str(long) and isinstance(empty, EngineError)
     alike([good], ask(GenerateEngine(model, TOK), FIRST[:1], EACH[2:3]))
-    tight, = ask(engine, [(FIRST[0] * 6)[:240]], [Sampling(4096, seed=1, temperature=0.0)])
+    tight, = ask(engine, [(FIRST[0] * 9)[:240]], [Sampling(4096, seed=1, temperature=0.0)])
     assert len(tight.ids) <= 15
     assert isinstance(ask(ContinuousEngine(model, TOK), [FIRST[0] * 200], EACH[:1])[0], EngineError)      # the model's context
 
@@ -234,7 +235,7 @@ def test_a_step_that_fails_takes_those_with_it_who_asked(model):
     broken(engine, RuntimeError("out of memory"))
     turns = ask(engine)
     done = [i for i, t in enumerate(turns) if not isinstance(t, EngineError)]
-    assert all(len(good[i].ids) <= 2 and turns[i] == good[i] for i in done) and len(done) < 5       # had ended before
+    assert all(len(good[i].ids) <= 2 and turns[i] == good[i] for i in done) and len(done) < 9       # had ended before
     assert all("out of memory" in str(t) for i, t in enumerate(turns) if i not in done)
     assert ask(engine) == good
     broken(engine, TypeError("a mistake"), at=1)
