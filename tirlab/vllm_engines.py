@@ -101,8 +101,9 @@ def _params(self: VLLMEngine, sampling):
 def _add(self: VLLMEngine, name, ids, sampling, loop, future):
     "Begin a turn."
     try: self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(ids)}, self._params(sampling))
-    except (ValueError, TypeError) as e: _settle(loop, future, e)   # a mistake, not a failure
-    except Exception as e: _settle(loop, future, EngineError(f"vLLM took no request: {type(e).__name__}: {e}"))
+    except Exception as e:
+        mistake = isinstance(e, (ValueError, TypeError)) or any(c.__name__ == "VLLMClientError" for c in type(e).__mro__)   # not a failure
+        _settle(loop, future, (ValueError if mistake else EngineError)(f"vLLM does not take the request: {e}"))
     else: self._live[name] = loop, future, sampling
 
 # %% ../nbs/10b_vllm_engines.ipynb #9e164898
@@ -179,8 +180,8 @@ def vllm_engine_of(
     generation: Any,   # a trainer's `vllm_generation`: TRL's `VLLMGeneration` in mode "colocate"
 ) -> VLLMEngine:
     "An engine on the vLLM that TRL has built. Raises: ValueError on a server, or with tensor parallelism."
-    if generation.mode != "colocate": raise ValueError(f"TRL's vLLM is in mode {generation.mode!r}, not 'colocate'; for servers use VLLMServerEngine.")
-    if generation.tensor_parallel_size > 1: raise ValueError("With tensor parallelism processes sample together: use schedule='turn' with TRL's generate.")
+    if generation.mode != "colocate": raise ValueError(f"TRL's vLLM is in mode {generation.mode!r}, not 'colocate'; servers want VLLMServerEngine.")
+    if generation.tensor_parallel_size > 1: raise ValueError("With tensor parallelism all processes sample together: use engine='trl'.")
     llm, options, sleeping = generation.llm, dict(generation.generation_kwargs), {}
     if generation.structured_outputs_regex: options["structured_outputs"] = {"regex": generation.structured_outputs_regex}
     if isinstance(options.get("structured_outputs"), dict):
@@ -329,9 +330,9 @@ def _bring(self: VLLMServerEngine, server, version):
 def server_sync(
     generation: Any,   # a trainer's `vllm_generation`: TRL's `VLLMGeneration` in mode "server"
 ) -> Callable[[str], None]:   # to be `sync` of a `VLLMServerEngine`
-    "Send the policy's weights to servers over NCCL, one TRL `VLLMClient` each. Not verified on GPUs. Raises: ValueError with several training processes."
+    "Send the policy's weights to servers over NCCL, one TRL `VLLMClient` each; not verified on GPUs. Raises: ValueError for several processes."
     from trl.generation.vllm_client import VLLMClient
-    if generation.accelerator.num_processes > 1: raise ValueError("Several vLLM servers want one training process; with more use one server, engine='trl'.")
+    if generation.accelerator.num_processes > 1: raise ValueError("Several vLLM servers want one training process; else use one, and engine='trl'.")
     clients, ports = {generation.vllm_client.base_url.rstrip("/"): generation.vllm_client}, itertools.count(generation.group_port + 1)
     def sync(url):
         client = clients.pop(url, None)   # kept only if all goes well: a server that came back wants a new group

@@ -1,0 +1,54 @@
+"What tests of both engines need: rollouts, and transformers' word on their log-probabilities."
+import asyncio
+
+import torch
+from tirlab.engines import Sampling, noise_seed, processors
+from tirlab.environments import PythonEnvironment
+from tirlab.formats import ChatFormat
+from tirlab.rollout import RolloutLimits, rollouts
+from tirlab.tasks import make_tasks
+
+ROWS = [row for row in make_tasks("arithmetic", "test", 8) for _ in range(8)]
+
+
+def roll(engine, tok, seed=0, schedule="eager", rows=ROWS):
+    "64 multi-turn rollouts: 8 tasks, 8 attempts each."
+    format = ChatFormat(tok, [PythonEnvironment().python])
+    return rollouts(rows, engine, [PythonEnvironment() for _ in rows], [format] * len(rows), RolloutLimits(256), seed=(seed,), schedule=schedule)
+
+
+@torch.no_grad()
+def scored(model, prompt, ids, sampling=Sampling()):   # noqa: B008
+    "Log-probabilities of the tokens behind a prompt, by transformers."
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
+    return processors(sampling)(None, logits).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def gap(model, trajectories):
+    "Largest difference between the sampler's log-probabilities and transformers', over all turns of all trajectories."
+    worst = 0.0
+    for t in trajectories:
+        before = list(t.prompt_ids)
+        for turn in t.turns:
+            worst = max(worst, (scored(model, before, turn.ids) - torch.tensor(turn.logprobs)).abs().max().item())
+            before += turn.ids + list(turn.observation_ids)
+    return worst
+
+
+def ask(engine, prompts, version=0, sampling=Sampling(32)):   # noqa: B008
+    "One turn for each prompt, all at once."
+    async def all_of_them(): return await asyncio.gather(*(engine.generate(p, sampling_of(sampling, i)) for i, p in enumerate(prompts)))
+    with engine.ready(version): return asyncio.run(all_of_them())
+
+
+def sampling_of(sampling, row):
+    from dataclasses import replace
+    return replace(sampling, seed=noise_seed(0, 0, row, 0))
+
+
+def other_weights(model):
+    "Move a model's weights a little; what it then says of the same tokens is far from what it said."
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p += 0.05 * p.std() * torch.randn_like(p)
+    return model
