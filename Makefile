@@ -16,7 +16,7 @@ define step
 	printf -- '-- done in %s s\n' $$((SECONDS - start))
 endef
 
-.PHONY: help demo test test-slow lint export readme clean
+.PHONY: help demo test test-slow bench lint export readme clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-slow: .venv/.has-dev  ## what takes minutes: tests marked slow, and the not
 	$(call step,slow tests,pytest -q -m slow || [ $$? = 5 ],repair what pytest names)
 	$(call step,slow notebooks,scripts/slow_notebooks,run the notebook named above and repair the cell)
 	@printf '\nAll good.\n'
+
+bench: .venv/.has-dev  ## measure tirlab against its peers, and keep the figures in benchmarks/; takes minutes, wants an idle machine
+	@scripts/bench
 
 lint: .venv/.has-dev  ## style alone
 	ruff check
