@@ -14,11 +14,12 @@ from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_re
 
 from tirlab.environments import environment_tools
 from tirlab.evaluate import evaluate
-from tirlab.formats import ChatFormat, parse_message, turn_kind
+from tirlab.formats import ChatFormat, control_ids, parse_message, turn_kind
+from tirlab.syntax import SYNTAXES
 from tirlab.tasks import ENVIRONMENTS, FAMILIES, make_tasks, split_of
 from tirlab.tiny import tiny_policy, tiny_tokenizer
 from tirlab.trajectory import TurnKind
-from tirlab.warmup import FLAWS, LEVELS, copying, demonstrations, make_tiny_policy
+from tirlab.warmup import FLAWS, FORMATS, LEVELS, copying, demonstrations, make_tiny_policy
 
 TOK = AutoTokenizer.from_pretrained(tiny_policy())
 PIECES = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<|im_end|>", '\n{"name": "', '"}}\n', '", "arguments": {"', "{", "}", '"python"', "1", " ", "\n", '"code": "1"']
@@ -58,10 +59,16 @@ def test_the_policy_fits_everywhere():
     assert sum(f.stat().st_size for f in Path(tiny_policy()).iterdir()) < 3 * 2**20
 
 
+def test_every_marker_is_one_token():
+    assert all(len(ids) == 1 for name in SYNTAXES for ids in control_ids(TOK, name).values())
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_base_success_leaves_room_and_signal(family):
+def test_base_success_leaves_room_and_signal(family, name):
     model = AutoModelForCausalLM.from_pretrained(tiny_policy())
-    assert 0.05 < evaluate(model, TOK, make_tasks(family, "test", 256), ENVIRONMENTS, batch_size=256).success < 0.55
+    rows = make_tasks(family, "test", 256 if name == "chat" else 96)
+    assert 0.05 < evaluate(model, TOK, rows, ENVIRONMENTS, call_format=name).success < 0.55
 
 
 def test_the_recipe_rebuilds_an_equivalent_policy_at_reduced_size(tmp_path):
@@ -73,23 +80,25 @@ def test_the_recipe_rebuilds_an_equivalent_policy_at_reduced_size(tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(tiny_policy()).config
     for name in ("model_type", "head_dim", "max_position_embeddings", "vocab_size", "eos_token_id", "pad_token_id"):
         assert getattr(model.config, name) == getattr(reference, name)
-    result = evaluate(model, tok, make_tasks("arithmetic", "test", 32), ENVIRONMENTS)
-    assert sum(any(c.name == "python" for c in t.calls) for t in result.trajectories) > 8      # it has learnt to call the tool, if not yet what with
+    for name in ("chat", "list"):      # it has learnt to call the tool, if not yet what with
+        result = evaluate(model, tok, make_tasks("arithmetic", "test", 32), ENVIRONMENTS, call_format=name)
+        assert sum(any(c.name == "python" for c in t.calls) for t in result.trajectories) > 8
 
 
 @pytest.mark.slow
 def test_the_recipe_rebuilds_an_equivalent_policy(tmp_path):
     make_tiny_policy(tmp_path, seed=1)
     model, tok = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    for family in FAMILIES:
-        assert 0.05 < evaluate(model, tok, make_tasks(family, "test", 256), ENVIRONMENTS).success < 0.55, family
+    for name in FORMATS:
+        for family in FAMILIES:
+            assert 0.05 < evaluate(model, tok, make_tasks(family, "test", 256), ENVIRONMENTS, call_format=name).success < 0.55, (name, family)
 
 
 def test_demonstrations_repeat_and_are_what_the_policy_will_see():
     rows = list(make_tasks("all", n=24))
-    first, second = (demonstrations(rows, TOK, FLAWS, seed=3) for _ in range(2))
+    first, second = (demonstrations(rows, TOK, FLAWS, seed=3, formats=FORMATS) for _ in range(2))
     assert [t.completion_ids for t in first] == [t.completion_ids for t in second]
-    for t, row in zip(first, rows):
+    for t, row in zip(demonstrations(rows, TOK, FLAWS), rows):
         tools = environment_tools(ENVIRONMENTS[row["environment"]]())
         assert t.prompt_ids == ChatFormat(TOK, list(tools.values())).prompt(row["prompt"])
     assert copying(3, TOK) == copying(3, TOK)
@@ -112,7 +121,7 @@ def test_no_held_out_pair_occurs_in_warm_up():
     rows = [r for f, levels in LEVELS.items() for i, level in enumerate(levels) for r in make_tasks(f, "train", 150, seed=i, level=level)]
     seen = set()
     for flaws in (None, FLAWS):
-        for row, t in zip(rows, demonstrations(rows, TOK, flaws)):
+        for row, t in zip(rows, demonstrations(rows, TOK, flaws, formats=FORMATS)):
             name = row["pairs"][0].split("|")[0]
             assert name in row["prompt"][0]["content"]
             seen |= {(name, n) for n in re.findall(r"\d+", TOK.decode(t.prompt_ids + t.completion_ids))}

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 # %% ../nbs/12_tiny.ipynb #40312998
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")                        # hidden when decoding without special tokens
 CONTROL = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")   # kept, as in Qwen
-SYNTAX = ('\n{"name": "', '", "arguments": {"', '": "', '": ', '"}}\n', "}}\n", ', "', "system\n", "user\n", "assistant\n", "{'error': '", "'}")
+SYNTAX = ('\n{"name": "', '", "arguments": {"', '": "', '": ', '"}}\n', "}}\n", ', "', "system\n", "user\n", "assistant\n", "{'error': '", "'}",
+          "Call tools as", "<function=", "<parameter=", "</parameter>", "</function>", ">\n", "```python\n", "```tool_code\n", "\n```", "='", "', ", ")]")
 
 # %% ../nbs/12_tiny.ipynb #2e2fcd6b
 CHAT_TEMPLATE = r"""{%- if tools %}{{ '<|im_start|>system\n' }}
@@ -41,7 +42,7 @@ RESPONSE_TEMPLATE = {
                "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"}}}
 
 # %% ../nbs/12_tiny.ipynb #e471d9c0
-def tiny_tokenizer() -> PreTrainedTokenizerFast:   # 275 tokens
+def tiny_tokenizer() -> PreTrainedTokenizerFast:   # 287 tokens
     "Byte-level tokenizer with Qwen's chat markup: lossless on any text."
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
