@@ -16,7 +16,7 @@ define step
 	printf -- '-- done in %s s\n' $$((SECONDS - start))
 endef
 
-.PHONY: help demo test test-slow bench lint export readme clean
+.PHONY: help demo test test-slow test-vllm bench lint export readme clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ test-slow: .venv/.has-dev  ## what takes minutes: tests marked slow, and the not
 	$(call step,slow notebooks,scripts/slow_notebooks,run the notebook named above and repair the cell)
 	@printf '\nAll good.\n'
 
+test-vllm: .venv-vllm/.has-vllm  ## the real vLLM on a CPU: both engines, servers, training; the first time it is installed
+	$(call step,the real vLLM,OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm tests/vllm_cpu,repair what pytest names)
+	@printf '\nAll good.\n'
+
 bench: .venv/.has-dev  ## measure tirlab against its peers, and keep the figures in benchmarks/; takes minutes, wants an idle machine
 	@scripts/bench
 
@@ -54,6 +58,10 @@ readme: .venv/.has-dev  ## write README.md from nbs/index.ipynb
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
 	find app nbs scripts tests tirlab -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+# The real vLLM has an environment of its own. Its threads would only get in each other's way: the model is tiny.
+.venv-vllm/.has-vllm: pyproject.toml constraints.txt scripts/setup_vllm
+	@scripts/setup_vllm
 
 # A stamp is older than what it depends on after a change there; pip then adds what is missing.
 .venv/.has-%: pyproject.toml constraints.txt scripts/setup

@@ -41,6 +41,12 @@ def ask(engine, prompts, version=0, sampling=Sampling(32)):   # noqa: B008
     with engine.ready(version): return asyncio.run(all_of_them())
 
 
+def alike(turns, others):
+    "The same tokens, with log-probabilities that differ by less than 1e-3."
+    same = [(t.ids, t.stop) for t in turns] == [(t.ids, t.stop) for t in others]
+    return same and all(abs(a - b) < 1e-3 for x, y in zip(turns, others, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True))
+
+
 def sampling_of(sampling, row):
     from dataclasses import replace
     return replace(sampling, seed=noise_seed(0, 0, row, 0))
