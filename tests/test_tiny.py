@@ -81,7 +81,7 @@ def test_the_recipe_rebuilds_an_equivalent_policy_at_reduced_size(tmp_path):
     for name in ("model_type", "head_dim", "max_position_embeddings", "vocab_size", "eos_token_id", "pad_token_id"):
         assert getattr(model.config, name) == getattr(reference, name)
     for name in ("chat", "list"):      # it has learnt to call the tool, if not yet what with
-        result = evaluate(model, tok, make_tasks("arithmetic", "test", 32), ENVIRONMENTS, call_format=name)
+        result = evaluate(model, tok, make_tasks("arithmetic", "test", 64), ENVIRONMENTS, call_format=name)
         assert sum(any(c.name == "python" for c in t.calls) for t in result.trajectories) > 8
 
 
