@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 # %% ../nbs/44_recipes.ipynb #fa5ec477
+from .calls import RolloutLimits
 from .config import TIRConfig
 from .environments import PythonEnvironment
 from .evaluate import evaluate
 from .rewards import answer_reward
-from .rollout import RolloutLimits
 from .tasks import make_tasks
 from .tiny import tiny_policy
 from .traces import check_folder
