@@ -59,7 +59,7 @@ clean:  ## remove what was built, but not .venv
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
 	find app nbs scripts tests tirlab -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-# The real vLLM has an environment of its own. Its threads would only get in each other's way: the model is tiny.
+# The real vLLM has an environment of its own.
 .venv-vllm/.has-vllm: pyproject.toml constraints.txt scripts/setup_vllm
 	@scripts/setup_vllm
 

@@ -30,6 +30,9 @@ def plain_linear(layer, remove_weight):
     layer.cpu_linear = torch.nn.functional.linear
 
 
+def pytest_configure(config): config.addinivalue_line("filterwarnings", "ignore::FutureWarning:vllm")
+
+
 def pytest_terminal_summary(terminalreporter):
     for line in figures: terminalreporter.write_line(line)
 
