@@ -276,6 +276,29 @@ def test_an_engine_with_other_weights_is_found_out(tmp_path):
         go(tmp_path / "stale", True)
 
 
+def test_new_weights_are_sampled_from_at_once(model):
+    "transformers' generate has no copy: after a change of weights it is what a fresh engine on them is."
+    moved = AutoModelForCausalLM.from_pretrained(tiny_policy()).eval()
+    engine, prompt, sampling = GenerateEngine(moved, TOK), TOK.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"), Sampling(8, seed=5)
+    def ask(engine, version):
+        with engine.ready(version):
+            return asyncio.run(engine.generate(prompt, sampling))
+    old = ask(engine, 0)
+    with torch.no_grad():
+        moved.model.norm.weight *= 0.5
+    assert ask(engine, 1) == ask(GenerateEngine(moved, TOK), 1) != old
+
+
+def test_rollouts_that_importance_sampling_removes_are_counted(tmp_path):
+    t = trainer(tmp_path)
+    t.model.train()
+    mask = torch.ones(4, 3, dtype=torch.long)
+    mask[2, 1:] = 0
+    t._log_removed({"importance_sampling_ratio": torch.tensor([[1.0], [0.0], [0.0], [0.5]]), "completion_mask": mask})
+    t._log_removed({"importance_sampling_ratio": torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 2.0, 0], [0, 0, 0]]), "completion_mask": mask})
+    assert t._metrics["train"]["sync/removed_rollouts"] == [2.0, 3.0]
+
+
 def test_the_gap_between_sampler_and_trainer_is_logged_and_on_record(tmp_path):
     t = trainer(tmp_path)
     t.train()
