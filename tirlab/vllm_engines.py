@@ -114,10 +114,11 @@ def _step(self: VLLMEngine):
     if not self._live: return
     for out in self._llm.llm_engine.step():
         if not out.finished or out.request_id not in self._live: continue
-        loop, future, sampling = self._live.pop(out.request_id)
+        loop, future, sampling = self._live[out.request_id]
+        _settle(loop, future, _answer(out.outputs[0], sampling))
+        del self._live[out.request_id]
         self._prompt_tokens += len(out.prompt_token_ids)
         self._cached_tokens += out.num_cached_tokens or 0
-        _settle(loop, future, _answer(out.outputs[0], sampling))
     if self._live and not self._llm.llm_engine.has_unfinished_requests(): self._fail("vLLM lost the request.")
 
 @patch
