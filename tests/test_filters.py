@@ -157,7 +157,7 @@ def test_void_rollouts_in_the_baseline_or_not():
 
 @pytest.mark.parametrize("rewards, options, verdict", (
     ([1, 0], {}, None), ([1, 1], {}, "zero variance"), ([0, 0], {}, "zero variance"), ([1, 1], dict(min_std=None), None), ([NAN, NAN], {}, "unscored"),
-    ([1, NAN], {}, "zero variance"), ([1, 0, NAN], {}, None), ([1], {}, "zero variance"), ([1], dict(min_std=None), None),
+    ([1, NAN], {}, "zero variance"), ([1, 0, NAN], {}, None), ([1], {}, "zero variance"), ([1], dict(min_std=None), None), ([0, 0.0013], {}, "zero variance"), ([0, 0.0015], {}, None),
     ([1, 0, 0, 0], dict(band=(0.3, 0.9)), "too hard"), ([1, 1, 1, 0], dict(band=(0.1, 0.7)), "too easy"), ([1, 0, 0, 0], dict(band=(0.25, 0.75)), None),
     ([1, 0], dict(overlong=[True, True]), "all overlong"), ([1, 0], dict(overlong=[True, False]), None), ([1, 0], dict(overlong=[True, False], min_valid=2), "too few valid"),
     ([1, 0, NAN], dict(min_valid=3), "too few valid"), ([1, 1], dict(overlong=[True, True]), "zero variance")))
