@@ -6,123 +6,162 @@
 __all__ = []
 
 # %% ../nbs/02a_fork_server.ipynb #df8af481
-import ast, contextlib, ctypes, gc, itertools, os, resource, select, signal, socket, subprocess, sys, time, traceback, types
-import collections, dataclasses, datetime, decimal, fractions, functools, json, math, random, re, statistics, string, typing  # noqa: F401
+import contextlib, gc, itertools, json, os, resource, select, signal, socket, stat, subprocess, sys, time
+import ast, collections, dataclasses, datetime, decimal, fractions, functools, heapq, math, random, re, statistics, string, traceback, typing  # noqa: F401
+from dataclasses import dataclass
 
 # %% ../nbs/02a_fork_server.ipynb #e3bcf188
-def evaluate(
-    code: str,     # source text
-    names: dict,   # the module's namespace; filled by running the code
+from tirlab.child import _PLACES, converse, reseed, run_once
+from tirlab.locks import (_LIBC, address_space, apply_landlock, apply_limits, apply_seccomp, drop_capabilities, enter_namespaces, landlock_rules,
+                          library_paths, seccomp_filter)
+
+# %% ../nbs/02a_fork_server.ipynb #a5a577e9
+PROFILES = {"bare": (), "numpy": ("numpy", "numpy.random"), "sympy": ("numpy", "numpy.random", "sympy")}   # name -> modules
+
+def preload(
+    profile: str,   # a name in PROFILES
 ):
-    "Run `code` like a notebook cell: when the last statement is an expression whose value is not None, its repr is printed."
-    body = ast.parse(code, "<code>").body
-    last = [body.pop()] if body and isinstance(body[-1], ast.Expr) else []
-    exec(compile(ast.Module(body, []), "<code>", "exec"), names)
-    exec(compile(ast.Interactive(last), "<code>", "single"), names)
+    "Import a profile's modules and do what they put off until first use."
+    for name in PROFILES[profile]: __import__(name)
+    reseed()
+    if profile == "sympy": import sympy; sympy.solve(sympy.Symbol("x") ** 2 - 4)
 
 # %% ../nbs/02a_fork_server.ipynb #cb181d1c
-def last_line(
-    error: BaseException,   # what the code raised
-) -> str:                   # such as "NameError: name 'x' is not defined"
-    "The line of the traceback that names the error; for a syntax error, with its line number."
-    if isinstance(error, SyntaxError): return f"{type(error).__name__}: {error}"
-    return traceback.format_exception_only(error)[0].strip()
-
-# %% ../nbs/02a_fork_server.ipynb #3e3c1841
-prctl = ctypes.CDLL(None).prctl
 DEATH_SIGNAL, SUBREAPER, NO_NEW_PRIVILEGES = 1, 36, 38   # prctl's options, from linux/prctl.h
+MAX_FD = 8192   # the server opens no descriptor above this
 
-def cap(
-    kind: int,       # one of the kernel's limits
-    soft: int,       # value at which it makes itself felt
-    extra: int = 0,  # how much later it is final
-):
-    "Lower a limit of this process; one that is lower already stays."
-    top = resource.getrlimit(kind)[1]
-    hard = soft + extra if top == resource.RLIM_INFINITY else min(top, soft + extra)
-    resource.setrlimit(kind, (min(soft, hard), hard))
+@dataclass(frozen=True)
+class Locks:
+    "What is the same for all children."
+    base: int                   # address space of the server, bytes
+    rules: list | None = None   # landlock's; None where executions are not locked
+    filter: bytes = b""         # seccomp's
 
-# %% ../nbs/02a_fork_server.ipynb #78db8e30
 def confine(
-    cpu_seconds: int,    # processor time
-    memory_bytes: int,   # address space
-    file_bytes: int,     # largest file
-    server_pid: int,     # the fork server, without which this process shall not live
+    limits: list[int],   # processor time in seconds, memory and largest file in bytes, as in a request
+    home: str,           # scratch folder, the working directory
+    out: int,            # descriptor that stdout and stderr are written to
+    report: int,         # descriptor of the socket for reports
+    locks: Locks,        # what to give up
 ):
-    "Put this process into a session of its own, under the kernel's limits. There is no way back."
-    os.setsid()
-    prctl(DEATH_SIGNAL, signal.SIGKILL)
-    prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    if os.getppid() != server_pid: os._exit(1)
-    cap(resource.RLIMIT_CORE, 0), cap(resource.RLIMIT_FSIZE, file_bytes), cap(resource.RLIMIT_CPU, cpu_seconds, 1)
-    cap(resource.RLIMIT_AS, memory_bytes)
-
-# %% ../nbs/02a_fork_server.ipynb #931720f6
-MAX_FD = 4096   # the server opens no descriptor above this
-
-def attach(
-    out: int,   # descriptor that stdout and stderr are written to
-    report: int,   # descriptor of the socket for the report
-):
-    "Connect the standard streams and close every other descriptor, those of other executions among them."
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    "Take on locks and limits and close every descriptor, those of other executions among them. There is no way back. Raises: OSError where a lock does not hold."
+    cpu, memory, file = limits[:3]
+    if locks.rules is not None: drop_capabilities(), apply_landlock(locks.rules, home)   # needs the rules' descriptors
     os.dup2(out, 1), os.dup2(out, 2), os.dup2(report, 3)
     os.closerange(4, MAX_FD)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout, sys.stderr = (open(fd, "w", 1, "utf-8", "backslashreplace", closefd=False) for fd in (1, 2))
+    apply_limits(cpu, locks.base + memory, file, 64)
+    if locks.rules is not None: apply_seccomp(locks.filter)
+    _PLACES[home] = "."
+    os.environ.update(HOME=home, TMPDIR=home)
 
-# %% ../nbs/02a_fork_server.ipynb #6b684af0
-def run_child(
-    code: bytes,   # source, UTF-8
+# %% ../nbs/02a_fork_server.ipynb #08f605a4
+def become_child(
+    request: list,               # mode and limits
+    fds: tuple[int, int, int],   # program, output, report
+    home: str,                   # scratch folder
+    server: int,                 # the server's process number, without which this process shall not live
+    locks: Locks,                # what to give up
 ):
-    "Run the code in this process, report how it went, and end the process without cleaning up."
-    exit_code, report = 0, b""
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    try: evaluate(code.decode("utf-8", "surrogatepass"), main.__dict__)
-    except SystemExit as e:
-        if e.code not in (None, 0): exit_code, report = 1, f"eSystemExit: {e.code}".encode(errors="replace")
-    except MemoryError: exit_code, report = 1, b"m"
-    except BaseException as e: exit_code, report = 1, b"e" + last_line(e).encode(errors="backslashreplace")[:4000]
-    with contextlib.suppress(BaseException): sys.stdout.flush()
-    with contextlib.suppress(BaseException):
-        if report: os.write(3, report)
-    os._exit(exit_code)
+    "Everything from the fork to the end of the process."
+    program, out, report = fds
+    os.setsid()
+    _LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != server: os._exit(1)
+    os.chdir(home)
+    source = b"".join(iter(lambda: os.read(program, 1 << 20), b""))
+    try: confine(request[1:], home, out, report, locks), reseed()
+    except OSError as e: os.write(report, f"!{e}".encode()); os._exit(1)
+    os.write(3, b"b")
+    if request[0] == "once": run_once(json.loads(source))
+    converse()
 
-# %% ../nbs/02a_fork_server.ipynb #f6f2bbe6
-running = {}                 # pid -> (report descriptor, working folder) of every execution that has not ended
-numbers = itertools.count()  # for the names of working folders
+# %% ../nbs/02a_fork_server.ipynb #3e3c1841
+@dataclass
+class Run:
+    "An execution that has not ended."
+    pid: int
+    pidfd: int
+    control: int       # socket to the client
+    home: str          # scratch folder
+    born: float        # monotonic seconds
+    most: list[int]    # bytes on disk, files, threads
+    reason: str = ""   # why the server killed it
+
+numbers = itertools.count()   # for the names of scratch folders
 
 def tell(
-    report: int,      # descriptor of the execution's socket
-    message: bytes,   # a letter and its text
+    control: int,     # descriptor of a socket
+    message: bytes,   # any
 ):
-    "Send a message, or drop it: neither a client that has gone nor a child that filled up the queue may hold up the others."
-    with contextlib.suppress(OSError): os.write(report, message)
+    "Send a message, or drop it: a client that has gone must not hold up the others."
+    with contextlib.suppress(OSError): os.write(control, message)
 
-# %% ../nbs/02a_fork_server.ipynb #a0255951
+# %% ../nbs/02a_fork_server.ipynb #78db8e30
+def parse(
+    request: bytes,   # "mode cpu memory file disk files threads"
+) -> list:
+    "A request's words. Raises: ValueError where it is none."
+    mode, *limits = request.decode().split()
+    if mode not in ("once", "stay") or len(limits) != 6: raise ValueError(mode)
+    limits = [int(word) for word in limits]
+    if not all(0 < n < 2**62 for n in limits): raise ValueError(limits)
+    return [mode, *limits]
+
 def begin(
-    request: bytes,          # "cpu_seconds memory_bytes file_bytes"
-    fds: tuple[int, int, int],   # descriptors of code, output and report
-    folder: str,             # the server's folder
-):
+    request: list,        # from `parse`
+    fds: list[int],       # descriptors of program, output, reports and control
+    folder: str,          # the server's folder
+    locks: Locks,         # of the children
+) -> Run:
     "Fork a child for the request."
-    code, out, report = fds
-    home, server_pid = f"{folder}/{next(numbers)}", os.getpid()
+    home, server = f"{folder}/{next(numbers)}", os.getpid()
     os.mkdir(home, 0o700)
     if (pid := os.fork()) == 0:
-        try:
-            os.chdir(home)
-            source = b"".join(iter(lambda: os.read(code, 1 << 20), b""))
-            attach(out, report)
-            confine(*map(int, request.split()), server_pid)
-            run_child(source)
+        try: become_child(request, fds[:3], home, server, locks)
         finally: os._exit(1)
-    running[pid] = report, home
-    os.set_blocking(report, False)
-    tell(report, b"s")
+    os.set_blocking(fds[3], False)
+    return Run(pid, os.pidfd_open(pid), fds[3], home, time.monotonic(), request[4:])
 
-# %% ../nbs/02a_fork_server.ipynb #26ee8396
+# %% ../nbs/02a_fork_server.ipynb #931720f6
+def kill(
+    run: Run,             # an execution that has not been reaped
+    reason: str = "",     # one word, for the client
+):
+    "Kill an execution's process and all that stayed in its group."
+    run.reason = run.reason or reason
+    with contextlib.suppress(ProcessLookupError): signal.pidfd_send_signal(run.pidfd, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(run.pid, signal.SIGKILL)
+
+def reap(
+    run: Run,   # an execution whose process has ended
+) -> bytes:     # last word to its client: exit code, processor seconds, the server's reason for killing it
+    "Kill what is left of its group and let its number go."
+    with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(run.pid, signal.SIGKILL)
+    _, status, used = os.wait4(run.pid, 0)
+    os.close(run.pidfd)
+    return f"x {os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime:.3f} {run.reason}".encode()
+
+def finish(
+    run: Run,      # an execution that has been reaped
+    word: bytes,   # last word to its client
+):
+    "Remove its folder, then tell its client."
+    remove(run.home)
+    tell(run.control, word)
+    os.close(run.control)
+
+# %% ../nbs/02a_fork_server.ipynb #6b684af0
+def remove(
+    folder: str,   # an execution's folder
+):
+    "Delete a folder with all the code has left in it, also what it made unreadable."
+    with contextlib.suppress(OSError): return os.rmdir(folder)   # empty, as it mostly is
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder): os.unlink(f"{folder}/{name}")
+        return os.rmdir(folder)
+    subprocess.run(["/bin/sh", "-c", 'chmod -R u+rwx "$1"; rm -rf "$1"', "sh", folder], check=False, stderr=subprocess.DEVNULL)
+
+# %% ../nbs/02a_fork_server.ipynb #60fdd4e9
 def parent(
     pid: int,   # any process
 ) -> int:       # 0 when it is gone
@@ -130,7 +169,9 @@ def parent(
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as f: return int(f.read().rpartition(b")")[2].split()[1])
     return 0
 
-def sweep():
+def sweep(
+    running: set[int],   # processes that may live
+):
     "Kill the orphans that executions have left to this process, and then the orphans' orphans."
     with contextlib.suppress(ChildProcessError):
         for _ in range(100):
@@ -141,82 +182,119 @@ def sweep():
             for pid in orphans: os.kill(pid, signal.SIGKILL)
             for pid in orphans: os.waitpid(pid, 0)
 
-# %% ../nbs/02a_fork_server.ipynb #fda60bc5
-def reap(
-    swept: float,   # when orphans were last looked for
-) -> float:         # the same, brought up to date
-    "Finish every execution whose process has ended: kill its group, remove its folder, tell the client its exit code."
-    ended = []
-    with contextlib.suppress(ChildProcessError):
-        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if found.si_pid in running: kill_group(found.si_pid)
-            status = os.waitpid(found.si_pid, 0)[1]
-            if found.si_pid in running: ended.append((*running.pop(found.si_pid), os.waitstatus_to_exitcode(status)))
-    if ended and (not running or time.monotonic() > swept + 1): sweep(); swept = time.monotonic()
-    for report, home, exit_code in ended:
-        remove(home)
-        tell(report, b"x%d" % exit_code)
-        os.close(report)
-    return swept
+# %% ../nbs/02a_fork_server.ipynb #f6f2bbe6
+def used(
+    folder: str,       # an execution's folder
+    pid: int,          # its process
+    most_files: int,   # stop counting there
+) -> tuple[int, int]:  # bytes on disk, files
+    "What an execution has on disk, files included that are open and have no name any more."
+    size, files, todo = 0, 0, [folder]
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                s = os.stat(f"/proc/{pid}/fd/{name}")
+                if stat.S_ISREG(s.st_mode) and s.st_nlink == 0: size += s.st_blocks * 512; files += 1
+    while todo and files <= most_files:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(todo.pop()) as entries:
+            for e in itertools.islice(entries, most_files + 1):
+                files += 1
+                with contextlib.suppress(FileNotFoundError): size += e.stat(follow_symlinks=False).st_blocks * 512
+                if e.is_dir(follow_symlinks=False): todo.append(e.path)
+    return size, files
 
-# %% ../nbs/02a_fork_server.ipynb #650376d5
-def kill_group(
-    pid: int,   # leader of the group, not yet reaped
+# %% ../nbs/02a_fork_server.ipynb #a0255951
+def watch(
+    run: Run,   # an execution
 ):
-    "Kill an execution's process and all that stayed in its group."
-    with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
+    "Kill an execution that has too much on disk or too many threads."
+    most_bytes, most_files, most_threads = run.most
+    try: size, files = used(run.home, run.pid, most_files)
+    except OSError: size, files = 0, most_files + 1   # so deep, or so odd, that it cannot be looked at
+    threads = 0
+    with contextlib.suppress(OSError), open(f"/proc/{run.pid}/stat", "rb") as f: threads = int(f.read().rpartition(b")")[2].split()[17])
+    reason = "disk" if size > most_bytes else "files" if files > most_files else "threads" if threads > most_threads else ""
+    if reason: kill(run, reason)
 
-def remove(
-    folder: str,   # an execution's working folder
-):
-    "Delete a folder with all the code has left in it, also what it made unreadable."
-    with contextlib.suppress(OSError): return os.rmdir(folder)   # empty, as it mostly is
-    subprocess.run(["sh", "-c", 'chmod -R u+rwx "$1"; rm -rf "$1"', "sh", folder], check=False, stderr=subprocess.DEVNULL)
-
-# %% ../nbs/02a_fork_server.ipynb #2e2340e0
+# %% ../nbs/02a_fork_server.ipynb #26ee8396
 def accept(
     requests: socket.socket,   # where requests come from
     folder: str,               # the server's folder
-) -> bool:                     # False when there will be no more
-    "Take one request and begin it. If that fails, the client sees its socket close, and asks again."
-    request, fds, *_ = socket.recv_fds(requests, 4096, 3)
-    with contextlib.suppress(OSError):
-        if len(fds) == 3: begin(request, fds, folder); fds.pop()
+    locks: Locks,              # of the children
+) -> Run | bool:               # what has begun; True where nothing could, False when there will be no more
+    "Take one request and begin it. If that fails, the client sees its control socket close."
+    request, fds, *_ = socket.recv_fds(requests, 4096, 4)
+    run = bool(request)
+    with contextlib.suppress(OSError, ValueError):
+        if len(fds) == 4: run = begin(parse(request), fds, folder, locks); fds.pop()
     for fd in fds: os.close(fd)
-    return bool(request)
+    return run
 
-# %% ../nbs/02a_fork_server.ipynb #48ca5f93
-def prepare() -> int:   # descriptor that becomes readable when a child ends
-    "Set up the server's process: news of children, adoption of orphans, few descriptors, and memory that forks need not copy."
-    news, wake = os.pipe()
-    os.set_blocking(wake, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    prctl(SUBREAPER, 1, 0, 0, 0)
+# %% ../nbs/02a_fork_server.ipynb #fda60bc5
+def loop(
+    requests: socket.socket,   # from the client
+    folder: str,               # the server's folder
+    locks: Locks,              # of the children
+):
+    "Answer requests until the client's end of the socket closes."
+    poll, runs, watched, swept, more = select.epoll(), {}, 0.0, 0.0, True
+    poll.register(requests, select.EPOLLIN)
+    def forget(fd):   # closing would not do: a child that has just been forked still holds it, and epoll would go on reporting under a number that has a new owner
+        with contextlib.suppress(FileNotFoundError): poll.unregister(fd)
+    while more:
+        ended = []
+        for fd, _ in poll.poll(0.1 if runs else None):
+            run = runs.get(fd)
+            if fd == requests.fileno():
+                if (more := accept(requests, folder, locks)) and more is not True:
+                    runs[more.pidfd] = runs[more.control] = more
+                    poll.register(more.pidfd, select.EPOLLIN), poll.register(more.control, select.EPOLLRDHUP)
+            elif run and fd == run.pidfd:
+                for done in (run.pidfd, run.control): del runs[done]; forget(done)
+                ended.append((run, reap(run)))
+            elif run: kill(run); forget(fd)
+        now = time.monotonic()
+        if locks.rules is None and ended and (not runs or now > swept + 1): sweep({run.pid for run in runs.values()}); swept = now
+        for run, word in ended: finish(run, word)
+        if now > watched + 0.1:
+            for run in list({id(r): r for r in runs.values() if r.born < watched}.values()): watch(run)
+            watched = now
+    for run in runs.values(): kill(run)
+    sweep(set()), remove(folder)
+
+# %% ../nbs/02a_fork_server.ipynb #650376d5
+def prepare(
+    level: str,     # isolation: process, locked or namespaced
+    profile: str,   # what to preload
+) -> Locks:
+    "Load what executions need and make what locks them. Raises: OSError where the machine lacks what the level stands on."
+    if level == "namespaced": enter_namespaces()
+    sys.argv.clear()
+    if (ours := os.environ.pop("PYTHONPATH", None)) in sys.path: sys.path.remove(ours)   # where this module came from
+    preload(profile)
+    _PLACES.update({path + "/": "" for path in library_paths() if "python" in path})
+    sys.stdin = open(0, closefd=False)
+    sys.stdout, sys.stderr = (open(fd, "w", 1, "utf-8", "backslashreplace", closefd=False) for fd in (1, 2))
+    _LIBC.prctl(SUBREAPER, 1, 0, 0, 0), _LIBC.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_FD, hard), hard))
+    locked = level != "process"
+    locks = Locks(address_space(), landlock_rules() if locked else None, seccomp_filter() if locked else b"")
     gc.collect(), gc.freeze()
-    return news
+    return locks
 
-# %% ../nbs/02a_fork_server.ipynb #bfb3f58f
-def serve(
-    inbox: int,    # descriptor of the socket on which requests come
-    folder: str,   # private folder, removed at the end
+# %% ../nbs/02a_fork_server.ipynb #2f8df6cd
+def main(
+    inbox: int,     # descriptor of the socket on which requests come
+    folder: str,    # private folder, removed at the end
+    level: str,     # isolation
+    profile: str,   # what to preload
 ):
-    "Answer requests until the client's end of the socket closes, then leave nothing behind."
-    requests, news, swept, more = socket.socket(fileno=inbox), prepare(), 0.0, True
+    "Be a fork server; its first word is `r` for ready, or why it cannot be one."
+    requests = socket.socket(fileno=inbox)
+    try: locks = prepare(level, profile)
+    except Exception as e: tell(inbox, f"{type(e).__name__}: {e}".encode()); raise
     tell(inbox, b"r")
-    while more:
-        wake = select.poll()
-        for fd in (inbox, news): wake.register(fd, select.POLLIN)
-        for report, _ in running.values(): wake.register(report, select.POLLRDHUP)
-        ready = dict(wake.poll())
-        if news in ready: os.read(news, 4096)
-        for pid in [pid for pid, (report, _) in running.items() if report in ready]: kill_group(pid)
-        if inbox in ready: more = accept(requests, folder)
-        swept = reap(swept)
-    for pid in list(running): kill_group(pid)
-    running.clear(), sweep(), remove(folder)
+    loop(requests, folder, locks)
 
-# %% ../nbs/02a_fork_server.ipynb #591ba3c2
-if __name__ == "__main__": serve(int(sys.argv[1]), sys.argv[2])
+if __name__ == "__main__": main(int(sys.argv[1]), *sys.argv[2:5])
