@@ -1,4 +1,4 @@
-"""Filters by hand and against TRL's own loss, and which prompts come next: what is left out has no gradient, and the rest is as if it had never been."""
+"""Filters by hand and against TRL's own loss: what is left out has no gradient, the rest is as if it had never been. And which prompts come next."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import LOSSES, Bare, batch, gradient
 
-from tirlab.filters import (FILTERS, baseline_rewards, drop_rows, filter_tokens, filtered_mask, group_verdicts, has_answer, high_ratio_filter, loss_tokens,
-                            low_prob_filter, overlong, plan_batch, void_filter, void_turns)
+from tirlab.filters import (FILTERS, baseline_rewards, drop_rows, filter_tokens, filtered_mask, group_verdicts, has_answer, high_ratio_filter,
+                            loss_tokens, low_prob_filter, overlong, plan_batch, void_filter, void_turns)
 from tirlab.prompts import Curriculum, MoPPS, Replay
 from tirlab.trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn, TurnKind
 
@@ -23,7 +23,8 @@ TOKEN_MEANS = ("bnpo", "dapo", "cispo", "vespo")   # the others divide by rows
 
 
 def turn(n=2, text="", *calls, kind=None, observed=0):
-    return Turn(list(range(n)), {"role": "assistant", "content": text}, kind or (TurnKind.TOOL_CALL if calls else TurnKind.RESPONSE), list(calls), observation_ids=[0] * observed)
+    kind = kind or (TurnKind.TOOL_CALL if calls else TurnKind.RESPONSE)
+    return Turn(list(range(n)), {"role": "assistant", "content": text}, kind, list(calls), observation_ids=[0] * observed)
 
 
 def call(n=2, observed=1): return turn(n, "", CALL, observed=observed)
@@ -85,8 +86,10 @@ def test_low_prob_and_high_ratio_by_hand():
 
 def test_the_door():
     x = [Trajectory([1], [call(2, 1), turn(2, "hm")], StopReason.VOID)], torch.ones(1, 5, dtype=torch.long), BOXED
-    kept = {n: filter_tokens(n, *x, torch.tensor([[-8.0] + [-0.1] * 4]), torch.tensor([[1.0, 9.0, 1.0, 1.0, 1.0]]), 2.0 if n == "high_ratio" else 0.01, False)[0][0].int().tolist() for n in FILTERS}
-    assert kept == {"none": [1] * 5, "stop_only": [1] * 5, "trajectory": [0] * 5, "suffix": [1, 1, 1, 0, 0], "low_prob": [0, 1, 1, 1, 1], "high_ratio": [1, 0, 1, 1, 1]}
+    logps, ratios = torch.tensor([[-8.0] + [-0.1] * 4]), torch.tensor([[1.0, 9.0, 1.0, 1.0, 1.0]])
+    kept = {n: filter_tokens(n, *x, logps, ratios, 2.0 if n == "high_ratio" else 0.01, whole=False)[0][0].int().tolist() for n in FILTERS}
+    assert kept == {"none": [1] * 5, "stop_only": [1] * 5, "trajectory": [0] * 5, "suffix": [1, 1, 1, 0, 0],
+                    "low_prob": [0, 1, 1, 1, 1], "high_ratio": [1, 0, 1, 1, 1]}
     with pytest.raises(ValueError, match="Unknown filter"): filter_tokens("voids", *x)
     for name in ("low_prob", "high_ratio"):
         with pytest.raises(ValueError, match="threshold"): filter_tokens(name, *x, x[1].float(), x[1].float())
@@ -156,10 +159,14 @@ def test_void_rollouts_in_the_baseline_or_not():
 # Groups
 
 @pytest.mark.parametrize("rewards, options, verdict", (
-    ([1, 0], {}, None), ([1, 1], {}, "zero variance"), ([0, 0], {}, "zero variance"), ([1, 1], dict(min_std=None), None), ([NAN, NAN], {}, "unscored"),
-    ([1, NAN], {}, "zero variance"), ([1, 0, NAN], {}, None), ([1], {}, "zero variance"), ([1], dict(min_std=None), None), ([0, 0.0013], {}, "zero variance"), ([0, 0.0015], {}, None),
-    ([1, 0, 0, 0], dict(band=(0.3, 0.9)), "too hard"), ([1, 1, 1, 0], dict(band=(0.1, 0.7)), "too easy"), ([1, 0, 0, 0], dict(band=(0.25, 0.75)), None),
-    ([1, 0], dict(overlong=[True, True]), "all overlong"), ([1, 0], dict(overlong=[True, False]), None), ([1, 0], dict(overlong=[True, False], min_valid=2), "too few valid"),
+    ([1, 0], {}, None), ([1, 1], {}, "zero variance"), ([0, 0], {}, "zero variance"), ([1, 1], dict(min_std=None), None),
+    ([NAN, NAN], {}, "unscored"),
+    ([1, NAN], {}, "zero variance"), ([1, 0, NAN], {}, None), ([1], {}, "zero variance"), ([1], dict(min_std=None), None),
+    ([0, 0.0013], {}, "zero variance"), ([0, 0.0015], {}, None),
+    ([1, 0, 0, 0], dict(band=(0.3, 0.9)), "too hard"), ([1, 1, 1, 0], dict(band=(0.1, 0.7)), "too easy"),
+    ([1, 0, 0, 0], dict(band=(0.25, 0.75)), None),
+    ([1, 0], dict(overlong=[True, True]), "all overlong"), ([1, 0], dict(overlong=[True, False]), None),
+    ([1, 0], dict(overlong=[True, False], min_valid=2), "too few valid"),
     ([1, 0, NAN], dict(min_valid=3), "too few valid"), ([1, 1], dict(overlong=[True, True]), "zero variance")))
 def test_group_verdicts_by_hand(rewards, options, verdict):
     if "overlong" in options: options = options | {"overlong": torch.tensor(options["overlong"])}
@@ -181,7 +188,8 @@ def test_overlong_goes_by_the_stop_reason():
 
 
 def test_rows_are_dropped_with_all_their_reasons():
-    keep, reasons = drop_rows(torch.tensor([[1, 1], [1, 0], [0, 0]]).bool(), [None, "from void turn 1 on", "void turn 0"], ["zero variance", None, "zero variance"])
+    keep, before = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool(), [None, "from void turn 1 on", "void turn 0"]
+    keep, reasons = drop_rows(keep, before, ["zero variance", None, "zero variance"])
     assert keep.int().tolist() == [[0, 0], [1, 0], [0, 0]] and reasons == ["zero variance", "from void turn 1 on", "void turn 0; zero variance"]
 
 
@@ -246,8 +254,10 @@ def test_the_curriculum_opens_as_the_formula_says():
 
 
 def rollout(answer="4"):
-    asks = Turn([1, 2], {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "python", "arguments": {"code": "2+2"}}}]}, TurnKind.TOOL_CALL,
-                [ToolCall("python", {"code": "2+2"})], [ToolResult("python", "4"), ToolResult("x", "no", ToolError.UNKNOWN, 0.5, True)], [5, 6], [-0.1, -0.2], 0.3)
+    called = {"type": "function", "function": {"name": "python", "arguments": {"code": "2+2"}}}
+    results = [ToolResult("python", "4"), ToolResult("x", "no", ToolError.UNKNOWN, 0.5, True)]
+    asks = Turn([1, 2], {"role": "assistant", "content": "", "tool_calls": [called]}, TurnKind.TOOL_CALL,
+                [ToolCall("python", {"code": "2+2"})], results, [5, 6], [-0.1, -0.2], 0.3)
     return Trajectory([9, 8], [asks, Turn([3], {"role": "assistant", "content": answer}, TurnKind.RESPONSE, logprobs=[-0.5])], StopReason.ANSWER)
 
 

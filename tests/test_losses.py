@@ -65,8 +65,8 @@ class Bare:
 
     def weights(self, mask, inputs):
         training, accumulation, p = self.model.training, self.current_gradient_accumulation_steps, self.accelerator.num_processes
-        windows = p * self.args.steps_per_generation / accumulation if training else p
-        return token_weights(mask.double(), self.loss_type, inputs["num_items_in_batch"], windows, self.max_completion_length, accumulation if training else 1)
+        windows, accumulation = (p * self.args.steps_per_generation / accumulation, accumulation) if training else (p, 1)
+        return token_weights(mask.double(), self.loss_type, inputs["num_items_in_batch"], windows, self.max_completion_length, accumulation)
 
 
 def expand(advantages, like): return (advantages[:, None] if advantages.dim() == 1 else advantages).expand_as(like)
@@ -85,8 +85,9 @@ def batch(rows=4, width=9, vocab=11, seed=0, by_token=True, drift=0.3, dtype=tor
     advantages = torch.randn(rows, width if by_token else 1, generator=rng, dtype=dtype)
     if not by_token: advantages = advantages[:, 0]
     noise = lambda: logp + drift * torch.randn(rows, width, generator=rng, dtype=dtype)
-    return logits, dict(prompt_ids=ids[:, :1], prompt_mask=ids[:, :1] * 0 + 1, completion_ids=ids, completion_mask=completion_mask, tool_mask=tool_mask,
-                        advantages=advantages, old_per_token_logps=noise(), ref_per_token_logps=noise(), num_items_in_batch=(completion_mask * tool_mask).sum())
+    return logits, dict(prompt_ids=ids[:, :1], prompt_mask=ids[:, :1] * 0 + 1, completion_ids=ids, completion_mask=completion_mask,
+                        tool_mask=tool_mask, advantages=advantages, old_per_token_logps=noise(), ref_per_token_logps=noise(),
+                        num_items_in_batch=(completion_mask * tool_mask).sum())
 
 
 def gradient(loss, logits): return torch.autograd.grad(loss, logits)[0]
@@ -111,7 +112,8 @@ def test_trl_asks_for_log_probabilities_before_it_reads_the_advantages():
 def test_switched_off_is_trls_to_the_bit(kind, by_token):
     logits, x = batch(by_token=by_token)
     off = dict(clip_cov=lambda lp, x, m: clip_cov_mask(lp, x["advantages"], m, ratio=0),
-               terms=lambda lp, x, m: kl_cov_terms(lp, x["old_per_token_logps"], x["advantages"], m, coef=0) + positive_nll_terms(lp, x["advantages"], m, coef=0))
+               terms=lambda lp, x, m: (kl_cov_terms(lp, x["old_per_token_logps"], x["advantages"], m, coef=0)
+                                       + positive_nll_terms(lp, x["advantages"], m, coef=0)))
     options = dict(beta=0.1, entropy_coef=0.01, accumulation=2, steps=4)
     ours, theirs = Bare(logits, kind, **options, **off).loss(x), Bare(logits, kind, **options).plain(x)
     assert ours.equal(theirs) and gradient(ours, logits).equal(gradient(theirs, logits))
@@ -119,7 +121,8 @@ def test_switched_off_is_trls_to_the_bit(kind, by_token):
 
 # Weights
 
-@pytest.mark.parametrize("setting", (dict(), dict(accumulation=2, steps=4), dict(accumulation=4, steps=2, processes=2), dict(training=False, processes=2)))
+@pytest.mark.parametrize("setting", (dict(), dict(accumulation=2, steps=4), dict(accumulation=4, steps=2, processes=2),
+                                     dict(training=False, processes=2)))
 @pytest.mark.parametrize("kind", LOSSES)
 def test_weights_are_trls_denominators(kind, setting):
     "With beta = 1 the KL term, which enters TRL's sum bare, shows the weight of each token."
@@ -301,7 +304,8 @@ def test_logit_gradients_of_sequence_ratios(kind):
 def test_the_fused_head_gives_what_surprise_needs():
     from transformers import Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=2))
     ids = torch.randint(97, (2, 7))
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].double() / 0.7
@@ -327,7 +331,8 @@ def test_surprise_stays_between_zero_and_root_two(seed, scale):
 @settings(max_examples=60, deadline=None)
 def test_by_turn_is_the_loop(seed, rows, width, turns):
     rng = torch.Generator().manual_seed(seed)
-    values, at = torch.randn(rows, width, generator=rng, dtype=torch.float64), torch.randint(-1, turns, (rows, width), generator=rng) if turns else torch.full((rows, width), -1)
+    values = torch.randn(rows, width, generator=rng, dtype=torch.float64)
+    at = torch.randint(-1, turns, (rows, width), generator=rng) if turns else torch.full((rows, width), -1)
     slow = {"mean": lambda v: v.mean(), "sum": lambda v: v.sum(), "amin": lambda v: v.min(), "amax": lambda v: v.max(), "norm": lambda v: v.norm()}
     for how, f in slow.items():
         table = by_turn(values, at, how, turns)

@@ -85,7 +85,7 @@ def kl_cov_terms(
     ratio: float = 2e-4,   # share of the tokens to hold back, at least one
     coef: float = 1.0,     # weight of the term; 0 switches off
 ) -> Tensor:               # (B, T) to add to the per-token loss; 0 but on the chosen tokens
-    "Penalty that holds back the tokens of largest covariance. Source: KL-Cov, arXiv 2505.22617, as in verl (there coef 0.1 by its yaml, 1 by its function)."
+    "Penalty that holds back the tokens of largest covariance. Source: KL-Cov, arXiv 2505.22617, as verl (coef 0.1 in its yaml, 1 in its function)."
     chosen, count = torch.zeros_like(logp, dtype=torch.bool), int(mask.sum())
     if coef and ratio > 0 and count:
         cov = covariances(logp, advantages, mask).masked_fill(~mask.bool(), -torch.inf)
