@@ -55,7 +55,7 @@ def header():
             st.badge(f"{row.failed_calls} of {row.calls} calls failed", icon=":material/build:", color="red")
         elif row.calls:
             st.badge(f"{row.calls} call{'s' * (row.calls > 1)}", icon=":material/build:", color="gray")
-        for name, usual in (("split", "train"), ("origin", "sampled"), ("phase", "rl")):
+        for name, usual in (("split", "train"), ("origin", "sampled"), ("phase", "rl"), ("dropped", None)):
             if getattr(row, name) != usual:
                 st.badge(plain(getattr(row, name)), color="violet")
     parts = [row.environment] * bool(row.environment) + [f"step {row.step}", f"group {row.group}"]

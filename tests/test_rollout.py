@@ -223,6 +223,14 @@ def test_a_sampler_that_runs_out_of_memory_is_an_engine_error():
         asyncio.run(BatchEngine(dies).generate([1], Sampling()))
 
 
+@pytest.mark.parametrize("answer", [lambda p, s: [], lambda p, s: next(iter([]))])
+def test_nobody_waits_for_a_sampler_that_answers_nothing(answer):
+    async def ask():
+        return await asyncio.wait_for(BatchEngine(answer).generate([1], Sampling()), 20)
+    with pytest.raises(EngineError):
+        asyncio.run(ask())
+
+
 def trainer(tmp_path, environment=PythonEnvironment, tasks=None, **options):
     args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), **SMALL | options)
     return TIRTrainer(tiny_policy(), [answer_reward], args, tasks or make_tasks("arithmetic", n=8), environment_factory=environment)

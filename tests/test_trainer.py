@@ -147,7 +147,7 @@ def test_wrong_input_gets_one_sentence(case, tmp_path):
     assert not (tmp_path / "run").exists() and not out.exists() and [f.name for f in (tmp_path / "taken").iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("option", [dict(loss_type="vespo"), dict(off_policy_mask_threshold=0.5), dict(scale_rewards="batch"), dict(multi_objective_aggregation="normalize_then_sum"),
+@pytest.mark.parametrize("option", [dict(loss_type="vespo"), dict(off_policy_mask_threshold=0.5), dict(multi_objective_aggregation="normalize_then_sum"),
                                     dict(gamma=1.5), dict(malformed_calls="ignore"), dict(max_concurrent_tools=0)])
 def test_options_without_a_meaning_are_refused_by_name(option):
     with pytest.raises(ValueError, match=next(iter(option))):

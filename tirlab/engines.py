@@ -180,15 +180,22 @@ class BatchEngine:
                 await self._answer(batch)
         finally: self._task = None
 
+    def _turns(self, prompts, samplings):
+        try: turns = self._sample(prompts, samplings)
+        except StopIteration as e: raise RuntimeError("the sampler ran dry") from e   # a future cannot carry a StopIteration
+        if len(turns) != len(prompts): raise RuntimeError(f"{len(turns)} turns for {len(prompts)} prompts")
+        return turns
+
     async def _answer(self, batch):
         prompts, samplings, futures = map(list, zip(*batch))
         loop = asyncio.get_running_loop()
-        try: turns = await loop.run_in_executor(self._pool, self._sample, prompts, samplings) if self._pool else self._sample(prompts, samplings)
-        except Exception as e:
-            problem = EngineError(f"The engine failed: {type(e).__name__}: {e}") if isinstance(e, RuntimeError) else e   # others are mistakes, not failures
+        try:
+            turns = await loop.run_in_executor(self._pool, self._turns, prompts, samplings) if self._pool else self._turns(prompts, samplings)
+        except Exception as e:   # whatever it is, nobody may wait for ever
+            problem = EngineError(f"The engine failed: {type(e).__name__}: {e}") if isinstance(e, RuntimeError) else e   # others are mistakes
             for f in futures: f.done() or f.set_exception(problem)
             return
-        for future, turn in zip(futures, turns, strict=True): future.done() or future.set_result(turn)
+        for future, turn in zip(futures, turns): future.done() or future.set_result(turn)
 
 # %% ../nbs/10_engines.ipynb #b3bba5d3
 class GenerateEngine(BatchEngine):

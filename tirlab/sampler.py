@@ -97,7 +97,8 @@ class Canary:
     def __init__(self,
         args: TIRConfig,      # temperature, seed, `sync_tolerance`, precision
         needed: bool = True,  # whether the engine has weights of its own
-    ): self.args, self.needed, self._version, self._asked = args, needed, None, None
+        full: bool = True,    # whether it computes in float32
+    ): self.args, self.needed, self.full, self._version, self._asked = args, needed, full, None, None
 
     def ask(self,
         engine: Any,         # inside `ready`
@@ -121,7 +122,7 @@ class Canary:
         model.train(training)
         ours = logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0]
         gap = (ours - torch.tensor(sampled.logprobs, device=ids.device)).abs().max().item()
-        full = model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        full = self.full and model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
         allowed = self.args.sync_tolerance or (0.001 if full else 0.3)
         if gap <= allowed: return {"sync/canary_gap": gap, "sync/canary_seconds": seconds + time.perf_counter() - start}
         raise EngineError(f"The engine does not sample from the policy that is trained: on a canary of {len(sampled.ids)} tokens their log-probabilities differ by up to "

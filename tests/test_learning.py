@@ -1,0 +1,263 @@
+"""What is learnt from rollouts, through the real trainer: credit by name, filters that leave no trace in the gradient, terms of the loss, steps without a signal."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+from trl import GRPOTrainer
+
+from tirlab.advantages import ESTIMATORS
+from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
+from tirlab.config import BY_TURN
+from tirlab.filters import has_answer, void_turns
+from tirlab.losses import token_weights
+
+TOK = AutoTokenizer.from_pretrained(tiny_policy(), padding_side="left")
+GROUP = 4
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+
+
+def call(code):
+    return f'<tool_call>\n{json.dumps({"name": "python", "arguments": {"code": code}})}\n</tool_call>'
+
+
+# What the four members of a group write, turn by turn. The last two have a void turn: the call that is never closed, and nothing at all.
+SCRIPTS = [[call("37+48"), "85"], [call("1"), call("2"), "x"], ["<tool_call>\n{", "7"], [call("3"), "<tool_call>", "9"]]
+
+
+def scripted(scripts):
+    def generate(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        out = []
+        for i, ids in enumerate(prompt_ids):
+            text = TOK.decode(ids)
+            turn = text.count("<|im_start|>assistant") - 1
+            if turn == 0:
+                member = i % len(scripts)
+            else:
+                said = text.split("<|im_start|>assistant\n")[1:-1]
+                member = next(m for m, s in enumerate(scripts) if all(x.startswith(s[min(k, len(s) - 1)] + "<|im_end|>") for k, x in enumerate(said)))
+            out.append(TOK.encode(scripts[member][min(turn, len(scripts[member]) - 1)] + "<|im_end|>"))
+        return out, None
+    return generate
+
+
+def reward(completions, **kwargs):
+    return [[1.0, 0.0, 0.0, 1.0][i % 4] for i in range(len(completions))]
+
+
+def trainer(tmp_path, monkeypatch, scripts=SCRIPTS, rewards=reward, steps=1, **options):
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted(scripts))
+    common = dict(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), max_steps=steps, per_device_train_batch_size=2 * GROUP, num_generations=GROUP, engine="trl",
+                  max_completion_length=300, learning_rate=1e-3, seed=3, save_strategy="no", disable_tqdm=True, report_to="none", lr_scheduler_type="constant")
+    return TIRTrainer(tiny_policy(), [rewards], TIRConfig(**common | options), make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
+
+
+def batch_and_gradient(t):
+    "The batch of one step, its loss and its gradient."
+    t._rows_of_step = {}
+    t.model.train()
+    t.current_gradient_accumulation_steps = 1
+    rows = [x for x in t.train_dataset.select(range(2)) for _ in range(GROUP)]
+    inputs = t._generate_and_score_completions(rows)
+    return inputs, *gradient(t, inputs)
+
+
+def gradient(t, inputs):
+    t.model.zero_grad()
+    loss = t._compute_loss(t.model, inputs)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten().clone() for p in t.model.parameters() if p.grad is not None])
+
+
+# ---- credit
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_by_name(name, tmp_path, monkeypatch):
+    "Observation tokens and padding get exactly 0; estimators by turn tell turns apart, the others do not."
+    t = trainer(tmp_path, monkeypatch, advantage=name, format_penalty=0.3)
+    inputs, loss, grad = batch_and_gradient(t)
+    a = inputs["advantages"]
+    assert a.isfinite().all() and grad.isfinite().all() and grad.any()
+    if name in BY_TURN:
+        turns = [[a[i, j].item() for j in range(len(x.turn_of_token)) if x.turn_of_token[j] == k] for i, x in enumerate(t._batch) for k in range(len(x.turns))]
+        assert all(len(set(x)) == 1 for x in turns) and any(len(set(a[i][torch.tensor(x.mask).bool().nonzero()[:, 0]].tolist())) > 1 for i, x in enumerate(t._batch))
+        for i, x in enumerate(t._batch):
+            assert a[i, :len(x.mask)][torch.tensor(x.mask) == 0].eq(0).all() and a[i, len(x.mask):].eq(0).all()
+    else:
+        assert a.shape == (2 * GROUP,)
+
+
+def test_grpo_and_its_estimator_agree(tmp_path, monkeypatch):
+    "TRL's own advantages, and ours for the same rewards."
+    t = trainer(tmp_path, monkeypatch)
+    inputs, *_ = batch_and_gradient(t)
+    rewards, advantages, reasons = t._credit(GROUP)
+    assert torch.allclose(advantages[:, 0], inputs["advantages"], atol=1e-6) and reasons == [None] * 8
+
+
+# ---- filters
+
+
+def without(inputs, keep):
+    "The batch without some rows."
+    rows = keep.nonzero()[:, 0]
+    return {k: v[rows] if v.dim() and len(v) == len(keep) else v for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_voided_row_leaves_no_trace_in_the_gradient(loss_type, tmp_path, monkeypatch):
+    "With beta > 0 and an entropy bonus: token means equal the batch without the row; row means count it, and say so."
+    options = dict(loss_type=loss_type, beta=0.05, entropy_coef=0.01, trace=False, advantage="gtpo")
+    t = trainer(tmp_path, monkeypatch, void_filter="trajectory", **options)
+    inputs, loss, grad = batch_and_gradient(t)
+    void = torch.tensor([any(void_turns(x, has_answer())) for x in t._batch])
+    mask = inputs["completion_mask"] * inputs["tool_mask"]
+    assert void.sum() == 4 and mask[void].sum() == 0 and mask[~void].sum() > 0
+    assert inputs["completion_mask"][void].any(1).all(), "attention is left as it was"
+    assert inputs["num_items_in_batch"] == mask.sum()
+    # the voided rows' advantages, ids and masks may be anything: nothing changes
+    other = dict(inputs)
+    other["advantages"] = inputs["advantages"].clone()
+    other["advantages"][void] = 17.0
+    assert torch.equal(gradient(t, other)[1], grad)
+    # and beside the batch without them
+    small = without(inputs, ~void)
+    expected = gradient(t, small)[1]
+    if loss_type in ("dapo", "bnpo", "cispo"):
+        assert torch.allclose(grad, expected, atol=1e-6)
+    else:      # row means, and dr_grpo's constant, count dropped rows: the policy's part is the kept share of it
+        t.entropy_coef, t._entropy_bonus_enabled = 0.0, False
+        assert torch.allclose(gradient(t, inputs)[1], gradient(t, small)[1] * (~void).float().mean(), atol=1e-6)
+
+
+def test_filters_keep_the_groups_statistics_or_not(tmp_path, monkeypatch):
+    def go(**options):
+        t = trainer(tmp_path / str(len(options)), monkeypatch, void_filter="trajectory", trace=False, **options)
+        return batch_and_gradient(t)[0]["advantages"]
+    kept, left_out = go(), go(void_in_baseline=False)
+    assert kept[:2].tolist() == pytest.approx([0.866, -0.866], abs=1e-2)                # 1 0 | 0 1
+    assert left_out[:4].tolist() == pytest.approx([0.707, -0.707, 0, 0], abs=1e-2)      # 1 0 | -, -
+
+
+@pytest.mark.parametrize("options,reason,rows", [
+    (dict(void_filter="trajectory"), "void turn", [2, 3, 6, 7]),
+    (dict(void_filter="suffix"), "from void turn", [2, 3, 6, 7]),
+    (dict(accuracy_band=[0.6, 1.0]), "group too hard", list(range(8))),
+    (dict(accuracy_band=[0.0, 0.4]), "group too easy", list(range(8))),
+    (dict(min_reward_std=0.9), "group zero variance", list(range(8))),
+    (dict(min_valid=5), "group too few valid", list(range(8))),
+])
+def test_what_is_left_out_says_why_in_the_trace(options, reason, rows, tmp_path, monkeypatch):
+    t = trainer(tmp_path, monkeypatch, advantage="gtpo", **options)
+    t.train()
+    run = open_run(t.run_dir)
+    index = run.index()
+    assert [i for i, d in enumerate(index.dropped) if isinstance(d, str)] == rows
+    assert all(reason in d for d in index.dropped if isinstance(d, str))
+    assert all(p.isfinite().all() for p in t.model.parameters())
+
+
+def test_a_batch_with_nothing_left_changes_nothing(tmp_path, monkeypatch):
+    "All void: no NaN, no step."
+    before = [p.clone() for p in trainer(tmp_path / "a", monkeypatch).model.parameters()]
+    t = trainer(tmp_path / "b", monkeypatch, scripts=[["<tool_call>"]] * 4, void_filter="trajectory", advantage="gtpo")
+    t.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters()))
+    assert next(x for x in t.state.log_history if "filter/dropped_rollouts" in x)["filter/dropped_rollouts"] == 8
+
+
+def test_cut_off_rollouts_are_judged_by_their_stop_reason(tmp_path, monkeypatch):
+    "TRL looks at the last token; a rollout whose tool's answer no longer fits ends on an end-of-turn token and is cut off all the same."
+    long = [[call("'x' * 900"), "85"], [call("1"), "7"], ["x" * 400], ["7"]]
+    t = trainer(tmp_path, monkeypatch, scripts=long, mask_truncated_completions=True, max_observation_chars=None, advantage="gtpo")
+    t.train()
+    index = open_run(t.run_dir).index()
+    assert [d for d in index.dropped][:4] == ["cut off", None, "cut off", None] or [isinstance(d, str) for d in index.dropped][:4] == [True, False, True, False]
+
+
+# ---- terms of the loss
+
+
+def test_terms_switched_off_are_not_there(tmp_path, monkeypatch):
+    on, off = (trainer(tmp_path / n, monkeypatch, trace=False, **o) for n, o in (("a", {}), ("b", dict(clip_cov_ratio=0.0, kl_cov_ratio=0.0, positive_nll_coef=0.0))))
+    assert torch.equal(batch_and_gradient(on)[2], batch_and_gradient(off)[2])
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_positive_nll_is_what_it_says(loss_type, tmp_path, monkeypatch):
+    "The difference it makes is the likelihood of tokens with positive advantage, weighed as TRL weighs its policy loss."
+    t = trainer(tmp_path, monkeypatch, loss_type=loss_type, positive_nll_coef=0.3, trace=False, advantage="gtpo")
+    inputs, loss, grad = batch_and_gradient(t)
+    t.args.positive_nll_coef = 0.0
+    plain, plain_grad = gradient(t, inputs)
+    mask = inputs["completion_mask"] * inputs["tool_mask"]
+    weights = token_weights(mask, loss_type, num_items=inputs["num_items_in_batch"], windows=t.args.steps_per_generation, max_completion_length=300)
+    logp = t._scores[0]
+    assert loss - plain == pytest.approx((weights * torch.where(inputs["advantages"] > 0, -0.3 * logp, 0.0)).sum().item(), rel=1e-4)
+    assert not torch.equal(grad, plain_grad)
+
+
+def test_clip_cov_takes_tokens_out_of_the_gradient(tmp_path, monkeypatch):
+    t = trainer(tmp_path, monkeypatch, clip_cov_ratio=0.5, clip_cov_bounds=[-100.0, 100.0], trace=False, advantage="gtpo")
+    inputs, loss, grad = batch_and_gradient(t)
+    assert gradient(t, inputs)[0] == loss, "the same draw at the same step"
+    t.args.clip_cov_ratio = 0.0
+    assert not torch.equal(gradient(t, inputs)[1], grad)
+
+
+def test_kl_cov_acts_from_the_second_use_of_a_batch(tmp_path, monkeypatch):
+    def go(ratio):
+        t = trainer(tmp_path / str(ratio), monkeypatch, steps=4, num_iterations=2, kl_cov_ratio=ratio, kl_cov_coef=5.0, trace=False)
+        t.train()
+        return [p.detach().clone() for p in t.model.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(go(0.0), go(0.5)))
+
+
+# ---- the loss never sees an observation
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_no_gradient_reaches_an_observation(loss_type, tmp_path, monkeypatch):
+    "The loss's derivative by the log-probability at every observation position is exactly 0."
+    t = trainer(tmp_path, monkeypatch, loss_type=loss_type, beta=0.05, trace=False, advantage="gtpo", positive_nll_coef=0.1, clip_cov_ratio=0.01, kl_cov_ratio=0.01)
+    leaves, inner = [], GRPOTrainer._get_per_token_logps_and_entropies
+    def leaf(self, *args, **kwargs):
+        logps, entropies, aux = inner(self, *args, **kwargs)
+        if entropies is not None:
+            logps = logps.detach().requires_grad_()
+            leaves.append(logps)
+            entropies = entropies.detach()
+        return logps, entropies, aux
+    t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
+    t.model.train()
+    rows = [x for x in t.train_dataset.select(range(2)) for _ in range(GROUP)]
+    inputs = t._generate_and_score_completions(rows)
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", leaf)
+    t._compute_loss(t.model, inputs).backward()
+    mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    assert leaves[-1].grad[~mask].eq(0).all() and leaves[-1].grad[mask].ne(0).any()
+
+
+# ---- steps without a signal
+
+
+def test_a_step_without_signal_leaves_the_optimiser_alone(tmp_path, monkeypatch):
+    "Rewards in the first step only: with the guard neither weights nor moments move afterwards, without it both do."
+    def go(skip):
+        given = []
+        def once(completions, **kwargs):
+            given.append(1)
+            return [float(i % 2) if len(given) == 1 else 0.0 for i in range(len(completions))]
+        t = trainer(tmp_path / str(skip), monkeypatch, rewards=once, steps=4, skip_empty_steps=skip, trace=False)
+        states = []
+        from transformers import TrainerCallback
+        class Keep(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                states.append([t.optimizer.state[p]["exp_avg"].clone() for p in t.optimizer.param_groups[0]["params"]] + [p.detach().clone() for p in t.model.parameters()])
+        t.add_callback(Keep)
+        t.train()
+        return states
+    moved = lambda states: [any(not torch.equal(a, b) for a, b in zip(x, y)) for x, y in zip(states, states[1:])]
+    assert moved(go(True)) == [False, False, False] and moved(go(False)) == [True, True, True]
