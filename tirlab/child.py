@@ -6,7 +6,7 @@
 __all__ = ['evaluate', 'last_lines', 'final_answer', 'run_program', 'run_once', 'converse', 'reseed']
 
 # %% ../nbs/02c_child.ipynb #48f17863
-import ast, base64, json, os, random, socket, sys, traceback, types
+import ast, base64, io, json, os, socket, sys, traceback, types
 
 # %% ../nbs/02c_child.ipynb #b8454775
 def evaluate(
@@ -96,7 +96,6 @@ def run_once(
     program: dict,   # code, and perhaps stdin, files, echo
 ):
     "Run a program, report, and end the process without cleaning up."
-    import io
     for name, content in program.get("files", {}).items():
         if os.path.dirname(name): os.makedirs(os.path.dirname(name), exist_ok=True)
         with open(name, "wb") as f: f.write(base64.b64decode(content))
@@ -120,6 +119,5 @@ def converse():
 
 # %% ../nbs/02c_child.ipynb #640756cd
 def reseed():
-    "New seeds for the generators that this process inherited."
-    random.seed()
+    "A new seed for numpy's global generator, where it is loaded."
     if (numpy := sys.modules.get("numpy")) is not None: numpy.random.seed()

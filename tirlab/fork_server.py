@@ -11,9 +11,9 @@ import ast, collections, dataclasses, datetime, decimal, fractions, functools, h
 from dataclasses import dataclass
 
 # %% ../nbs/02a_fork_server.ipynb #e3bcf188
-from tirlab.child import _PLACES, converse, reseed, run_once
-from tirlab.locks import (_LIBC, address_space, apply_landlock, apply_limits, apply_seccomp, drop_capabilities, enter_namespaces, landlock_rules,
-                          library_paths, seccomp_filter)
+from tirlab.child import _PLACES, converse, evaluate, reseed, run_once
+from tirlab.locks import (_LIBC, Filter, address_space, apply_landlock, apply_limits, apply_seccomp, drop_capabilities, enter_namespaces, landlock_rules,
+                          landlock_ruleset, library_paths, make_filter, seccomp_filter)
 
 # %% ../nbs/02a_fork_server.ipynb #a5a577e9
 PROFILES = {"bare": (), "numpy": ("numpy", "numpy.random"), "sympy": ("numpy", "numpy.random", "sympy")}   # name -> modules
@@ -35,43 +35,48 @@ class Locks:
     "What is the same for all children."
     base: int                   # address space of the server, bytes
     rules: list | None = None   # landlock's; None where executions are not locked
-    filter: bytes = b""         # seccomp's
+    filter: Filter | None = None   # seccomp's
+
+@dataclass(frozen=True)
+class Slot:
+    "A scratch folder, with the landlock rules that open it and nothing beside it. Where it was left clean it is used again."
+    home: str
+    ruleset: int   # descriptor; -1 where executions are not locked
 
 def confine(
     limits: list[int],   # processor time in seconds, memory and largest file in bytes, as in a request
-    home: str,           # scratch folder, the working directory
+    ruleset: int,        # landlock's
     out: int,            # descriptor that stdout and stderr are written to
     report: int,         # descriptor of the socket for reports
     locks: Locks,        # what to give up
 ):
     "Take on locks and limits and close every descriptor, those of other executions among them. There is no way back. Raises: OSError where a lock does not hold."
     cpu, memory, file = limits[:3]
-    if locks.rules is not None: drop_capabilities(), apply_landlock(locks.rules, home)   # needs the rules' descriptors
+    if locks.rules is not None: drop_capabilities(), apply_landlock(ruleset)
     os.dup2(out, 1), os.dup2(out, 2), os.dup2(report, 3)
     os.closerange(4, MAX_FD)
     apply_limits(cpu, locks.base + memory, file, 64)
     if locks.rules is not None: apply_seccomp(locks.filter)
-    _PLACES[home] = "."
-    os.environ.update(HOME=home, TMPDIR=home)
 
 # %% ../nbs/02a_fork_server.ipynb #08f605a4
 def become_child(
     request: list,               # mode and limits
     fds: tuple[int, int, int],   # program, output, report
-    home: str,                   # scratch folder
+    slot: Slot,                  # scratch folder, the working directory
     server: int,                 # the server's process number, without which this process shall not live
     locks: Locks,                # what to give up
 ):
     "Everything from the fork to the end of the process."
     program, out, report = fds
-    os.setsid()
+    if locks.rules is None: os.setsid()   # so that it can be killed with all that it started; locked, it can start nothing
     _LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != server: os._exit(1)
-    os.chdir(home)
+    os.chdir(slot.home)
     source = b"".join(iter(lambda: os.read(program, 1 << 20), b""))
-    try: confine(request[1:], home, out, report, locks), reseed()
+    try: confine(request[1:], slot.ruleset, out, report, locks), reseed()
     except OSError as e: os.write(report, f"!{e}".encode()); os._exit(1)
     os.write(3, b"b")
+    _PLACES[slot.home] = "."
     if request[0] == "once": run_once(json.loads(source))
     converse()
 
@@ -82,12 +87,10 @@ class Run:
     pid: int
     pidfd: int
     control: int       # socket to the client
-    home: str          # scratch folder
+    slot: Slot         # scratch folder
     born: float        # monotonic seconds
     most: list[int]    # bytes on disk, files, threads
     reason: str = ""   # why the server killed it
-
-numbers = itertools.count()   # for the names of scratch folders
 
 def tell(
     control: int,     # descriptor of a socket
@@ -107,6 +110,19 @@ def parse(
     if not all(0 < n < 2**62 for n in limits): raise ValueError(limits)
     return [mode, *limits]
 
+# %% ../nbs/02a_fork_server.ipynb #15ec97eb
+numbers, clean = itertools.count(), []   # names of scratch folders; slots to be used again
+
+def take_slot(
+    folder: str,    # the server's folder
+    locks: Locks,   # of the children
+) -> Slot:
+    "A scratch folder that is empty."
+    if clean: return clean.pop()
+    home = f"{folder}/{next(numbers)}"
+    os.mkdir(home, 0o700)
+    return Slot(home, -1 if locks.rules is None else landlock_ruleset(locks.rules, home))
+
 def begin(
     request: list,        # from `parse`
     fds: list[int],       # descriptors of program, output, reports and control
@@ -114,13 +130,12 @@ def begin(
     locks: Locks,         # of the children
 ) -> Run:
     "Fork a child for the request."
-    home, server = f"{folder}/{next(numbers)}", os.getpid()
-    os.mkdir(home, 0o700)
+    slot, server = take_slot(folder, locks), os.getpid()
     if (pid := os.fork()) == 0:
-        try: become_child(request, fds[:3], home, server, locks)
+        try: become_child(request, fds[:3], slot, server, locks)
         finally: os._exit(1)
     os.set_blocking(fds[3], False)
-    return Run(pid, os.pidfd_open(pid), fds[3], home, time.monotonic(), request[4:])
+    return Run(pid, os.pidfd_open(pid), fds[3], slot, time.monotonic(), request[4:])
 
 # %% ../nbs/02a_fork_server.ipynb #931720f6
 def kill(
@@ -130,13 +145,19 @@ def kill(
     "Kill an execution's process and all that stayed in its group."
     run.reason = run.reason or reason
     with contextlib.suppress(ProcessLookupError): signal.pidfd_send_signal(run.pidfd, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(run.pid, signal.SIGKILL)
+    if run.slot.ruleset == -1: kill_group(run.pid)
+
+def kill_group(
+    pid: int,   # leader of a group, not yet reaped
+):
+    "Kill all that is left of a process group."
+    with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(pid, signal.SIGKILL)
 
 def reap(
     run: Run,   # an execution whose process has ended
 ) -> bytes:     # last word to its client: exit code, processor seconds, the server's reason for killing it
     "Kill what is left of its group and let its number go."
-    with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(run.pid, signal.SIGKILL)
+    if run.slot.ruleset == -1: kill_group(run.pid)
     _, status, used = os.wait4(run.pid, 0)
     os.close(run.pidfd)
     return f"x {os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime:.3f} {run.reason}".encode()
@@ -145,20 +166,27 @@ def finish(
     run: Run,      # an execution that has been reaped
     word: bytes,   # last word to its client
 ):
-    "Remove its folder, then tell its client."
-    remove(run.home)
+    "Clear its folder away, then tell its client."
+    clear(run.slot)
     tell(run.control, word)
     os.close(run.control)
 
 # %% ../nbs/02a_fork_server.ipynb #6b684af0
-def remove(
-    folder: str,   # an execution's folder
+def clear(
+    slot: Slot,   # of an execution that has ended
 ):
-    "Delete a folder with all the code has left in it, also what it made unreadable."
-    with contextlib.suppress(OSError): return os.rmdir(folder)   # empty, as it mostly is
+    "Delete what the code has left. The folder itself is kept where nobody can have tampered with it."
+    if slot.ruleset == -1: return remove(slot.home)
     with contextlib.suppress(OSError):
-        for name in os.listdir(folder): os.unlink(f"{folder}/{name}")
-        return os.rmdir(folder)
+        for entry in list(os.scandir(slot.home)): (remove if entry.is_dir(follow_symlinks=False) else os.unlink)(entry.path)
+        if not os.listdir(slot.home): return clean.append(slot)
+    os.close(slot.ruleset), remove(slot.home)
+
+def remove(
+    folder: str,   # any
+):
+    "Delete a folder with all that is in it, also what was made unreadable."
+    with contextlib.suppress(OSError): return os.rmdir(folder)
     subprocess.run(["/bin/sh", "-c", 'chmod -R u+rwx "$1"; rm -rf "$1"', "sh", folder], check=False, stderr=subprocess.DEVNULL)
 
 # %% ../nbs/02a_fork_server.ipynb #60fdd4e9
@@ -209,7 +237,7 @@ def watch(
 ):
     "Kill an execution that has too much on disk or too many threads."
     most_bytes, most_files, most_threads = run.most
-    try: size, files = used(run.home, run.pid, most_files)
+    try: size, files = used(run.slot.home, run.pid, most_files)
     except OSError: size, files = 0, most_files + 1   # so deep, or so odd, that it cannot be looked at
     threads = 0
     with contextlib.suppress(OSError), open(f"/proc/{run.pid}/stat", "rb") as f: threads = int(f.read().rpartition(b")")[2].split()[17])
@@ -226,7 +254,7 @@ def accept(
     request, fds, *_ = socket.recv_fds(requests, 4096, 4)
     run = bool(request)
     with contextlib.suppress(OSError, ValueError):
-        if len(fds) == 4: run = begin(parse(request), fds, folder, locks); fds.pop()
+        if len(fds) == 4 and stat.S_ISSOCK(os.fstat(fds[3]).st_mode): run = begin(parse(request), fds, folder, locks); fds.pop()
     for fd in fds: os.close(fd)
     return run
 
@@ -263,6 +291,11 @@ def loop(
     sweep(set()), remove(folder)
 
 # %% ../nbs/02a_fork_server.ipynb #650376d5
+def rehearse():
+    "Run once here what every child runs: caches that are filled now are not filled, page by page, in each of them."
+    for name in ("prctl", "capset", "syscall"): getattr(_LIBC, name)
+    for _ in range(20): evaluate("import math\nx = [math.sqrt(i) for i in range(3)]\nNone", {}), json.loads(json.dumps({"code": "1"}))
+
 def prepare(
     level: str,     # isolation: process, locked or namespaced
     profile: str,   # what to preload
@@ -279,7 +312,9 @@ def prepare(
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_FD, hard), hard))
     locked = level != "process"
-    locks = Locks(address_space(), landlock_rules() if locked else None, seccomp_filter() if locked else b"")
+    os.environ.update(HOME=".", TMPDIR=".")   # a child's working directory is its scratch folder
+    locks = Locks(address_space(), landlock_rules() if locked else None, make_filter(seccomp_filter()) if locked else None)
+    rehearse()
     gc.collect(), gc.freeze()
     return locks
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 # %% ../nbs/02e_interpreters.ipynb #2b569792
 from .executions import Execution, Limits, SandboxFault, conclude, hear, judge, reported, Facts
-from .sandbox import _PATIENCE, _collect, _memory_file, _send, _serving, isolation_level
+from .sandbox import _PATIENCE, _collect, _memory_file, _receive, _send, _serving, isolation_level
 
 # %% ../nbs/02e_interpreters.ipynb #a5674dbb
 MAX_INTERPRETERS = 64   # alive at once in this process
@@ -108,6 +108,7 @@ _GONE = "; the interpreter was restarted, its variables are gone"
 def _turn(self: Interpreter, code):
     "One call, by a child that is there."
     program = _memory_file({"code": code})
+    while _receive(self._channel.reports): pass   # what code of the last turn has left, reporting for itself
     try: socket.send_fds(self._channel.reports, [b"code"], [program])
     except OSError: pass   # it has ended; the server is about to say how
     finally: os.close(program)
