@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("tirlab", description="Train language models in multi-turn tool-integrated reasoning, and see why it collapses.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     d = commands.add_parser("demo", help="train a tiny policy on this machine and look at what it learnt")
-    d.add_argument("--steps", type=int, default=42, help="optimiser steps (42)")
+    d.add_argument("--steps", type=int, default=30, help="optimiser steps (30)")
     d.add_argument("--advantage", choices=["grpo", "gtpo"], default="gtpo", help="credit given to rollouts or to turns (gtpo)")
     d.add_argument("--seed", type=int, default=0, help="same seed, same figures on a CPU (0)")
     d.add_argument("--out", help="run folder to write (a new one in runs/)")

@@ -55,9 +55,10 @@ def noise_seed(
 _GOLDEN, _M1, _M2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15   # splitmix64's constants, as signed integers
 
 def _mix(x):
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _M1
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _M2
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    "splitmix64's finaliser on a fresh tensor, in place: it runs once for every candidate of every token."
+    for shift, factor in ((30, _M1), (27, _M2)): x ^= (x >> shift).bitwise_and_(2**(64 - shift) - 1); x *= factor
+    x ^= (x >> 31).bitwise_and_(2**33 - 1)
+    return x
 
 def gumbel(
     seeds: Tensor,      # (B,) int64, one a turn
@@ -66,8 +67,8 @@ def gumbel(
 ) -> Tensor:            # (B, V) float32
     "Standard Gumbel noise for every candidate of one token of each row: a pure function of its arguments, 23 bits a draw."
     counters = _mix(seeds + _mix(positions + 1))[:, None] + torch.arange(vocab, device=seeds.device) * _GOLDEN
-    uniform = ((_mix(counters) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
-    return -(-uniform.log()).log()
+    uniform = (_mix(counters) >> 41).bitwise_and_(2**23 - 1).float().add_(0.5).mul_(2**-23)
+    return uniform.log_().neg_().log_().neg_()
 
 # %% ../nbs/10_engines.ipynb #000c0b57
 class _Draw(LogitsProcessor):
@@ -203,11 +204,12 @@ class GenerateEngine(BatchEngine):
     def __init__(self,
         model: Any,       # causal language model
         tokenizer: Any,   # its tokenizer
+        thread: bool = True,   # sample in a thread of its own, see `BatchEngine`
     ):
         def sample(prompts, samplings):
             if model.device.type == "cuda": torch.cuda.set_device(model.device)   # a thread begins on the first
             return generate(model, tokenizer, prompts, samplings)
-        super().__init__(sample)
+        super().__init__(sample, thread)
         self._model = model
 
     @contextmanager

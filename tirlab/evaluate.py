@@ -60,7 +60,7 @@ def evaluate(
     schedule: str = "turn",          # "turn": reproducible; "eager": nobody waits
 ) -> Evaluation:
     "Roll out every row once and score it; same seed, same result on a CPU. The global random generator is not used."
-    done, ends, engine = [], end_tokens(model, tokenizer), engine or GenerateEngine(model, tokenizer)
+    done, ends, engine = [], end_tokens(model, tokenizer), engine or GenerateEngine(model, tokenizer, schedule == "eager")
     with engine.ready():
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]

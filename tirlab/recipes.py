@@ -54,7 +54,7 @@ class RewardBar(TrainerCallback):
 
 # %% ../nbs/44_recipes.ipynb #b15de1a3
 def demo(
-    steps: int = 42,             # optimiser steps
+    steps: int = 30,             # optimiser steps
     advantage: str = "gtpo",     # "grpo" or "gtpo"
     seed: int = 0,               # of tasks, sampling and training; same seed, same figures on a CPU
     run_dir: str | None = None,  # run folder to write; None makes a new one in runs/

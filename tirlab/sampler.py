@@ -49,7 +49,7 @@ def make_engine(
 ) -> Any:           # an engine
     "The engine that the trainer's arguments ask for."
     name, policy = trainer.engine_name, trainer.accelerator.unwrap_model(trainer.model)
-    if name == "generate": return GenerateEngine(policy, trainer._tokenizer)
+    if name == "generate": return GenerateEngine(policy, trainer._tokenizer, thread=trainer.schedule == "eager")
     if name == "continuous":
         from tirlab.continuous import ContinuousEngine
         return ContinuousEngine(policy, trainer._tokenizer)
