@@ -38,13 +38,13 @@ def raw_server():
 
 
 def ask(server, code):
-    channel = sandbox._send(server, "once", {"code": code}, Limits())
+    channel = sandbox._send(server, "code", code.encode(), Limits())
     try: return bytes(sandbox._collect(channel, Limits()).out)
     finally: channel.close()
 
 
 @FUZZ
-@given(st.one_of(st.binary(min_size=1, max_size=5000), st.from_regex(r"(once|stay|x)( -?[0-9]{1,25}| x){0,8}", fullmatch=True).map(str.encode)), st.integers(0, 6))
+@given(st.one_of(st.binary(min_size=1, max_size=5000), st.from_regex(r"(code|program|stay|x)( -?[0-9]{1,25}| x){0,8}", fullmatch=True).map(str.encode)), st.integers(0, 6))
 def test_any_message_to_the_server(raw_server, message, n):
     process = psutil.Process(raw_server.process.pid)
     before = process.num_fds()

@@ -467,6 +467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tirlab.rollout._Read': ('rollout.html#_read', 'tirlab/rollout.py'),
                                 'tirlab.rollout._Timed': ('rollout.html#_timed', 'tirlab/rollout.py'),
                                 'tirlab.rollout._Timed.generate': ('rollout.html#_timed.generate', 'tirlab/rollout.py'),
+                                'tirlab.rollout._closing': ('rollout.html#_closing', 'tirlab/rollout.py'),
                                 'tirlab.rollout._read': ('rollout.html#_read', 'tirlab/rollout.py'),
                                 'tirlab.rollout.fit': ('rollout.html#fit', 'tirlab/rollout.py'),
                                 'tirlab.rollout.open_task': ('rollout.html#open_task', 'tirlab/rollout.py'),

@@ -6,7 +6,7 @@
 __all__ = ['evaluate', 'last_lines', 'final_answer', 'run_program', 'run_once', 'converse', 'reseed']
 
 # %% ../nbs/02c_child.ipynb #48f17863
-import ast, base64, io, json, os, socket, sys, traceback, types
+import ast, base64, io, os, socket, sys, traceback, types
 
 # %% ../nbs/02c_child.ipynb #b8454775
 def evaluate(
@@ -113,8 +113,8 @@ def converse():
         message, fds, *_ = socket.recv_fds(inbox, 16, 1)
         if not message or not fds: os._exit(0)
         turn += 1
-        with open(fds[0], "rb") as f: program = json.load(f)
-        report = run_program(program["code"], names, f"<call {turn}>")[1]
+        with open(fds[0], "rb", 0): code = os.pread(fds[0], os.fstat(fds[0]).st_size, 0).decode("utf-8", "surrogatepass")
+        report = run_program(code, names, f"<call {turn}>")[1]
         _flush(), _report(report)
 
 # %% ../nbs/02c_child.ipynb #640756cd

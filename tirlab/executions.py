@@ -18,7 +18,7 @@ class Limits:
     cpu_seconds: int = 3       # processor time of one process
     memory_mb: int = 512       # address space that the code may add to the interpreter's
     file_mb: int = 16          # size of one file
-    disk_mb: int = 64          # size of all files; looked at ten times a second, so a little more may get through
+    disk_mb: int = 64          # size of all files; looked at five times a second, so a little more may get through
     files: int = 1000          # number of files and folders, looked at likewise
     threads: int = 64          # number of threads, likewise
     output_chars: int = 512    # shown to the model; what is longer loses its middle

@@ -32,7 +32,7 @@ def _open(level: str, profile: str, limits: Limits):
     "The channel to a new child that stays. Raises: SandboxFault."
     for _ in range(3):
         server = _serving(level, profile)
-        try: channel = _send(server, "stay", {}, replace(limits, cpu_seconds=10 * math.ceil(limits.cpu_seconds)))
+        try: channel = _send(server, "stay", b"", replace(limits, cpu_seconds=10 * math.ceil(limits.cpu_seconds)))
         except OSError: continue
         poll, facts = select.poll(), Facts()
         for s in (channel.reports, channel.control): poll.register(s, select.POLLIN)
@@ -107,7 +107,7 @@ _GONE = "; the interpreter was restarted, its variables are gone"
 @patch
 def _turn(self: Interpreter, code):
     "One call, by a child that is there."
-    program = _memory_file({"code": code})
+    program = _memory_file(code.encode("utf-8", "surrogatepass"))
     while _receive(self._channel.reports): pass   # what code of the last turn has left, reporting for itself
     try: socket.send_fds(self._channel.reports, [b"code"], [program])
     except OSError: pass   # it has ended; the server is about to say how

@@ -8,7 +8,7 @@ __all__ = ['MECHANISMS', 'seccomp_filter', 'Filter', 'make_filter', 'apply_secco
            'enter_namespaces', 'probe']
 
 # %% ../nbs/02b_locks.ipynb #fa2d9992
-import ctypes, errno, functools, importlib.util, json, os, platform, resource, socket, struct, subprocess, sys, sysconfig, tempfile
+import ctypes, errno, functools, importlib.util, json, os, platform, resource, socket, struct, sys
 from dataclasses import dataclass
 
 # %% ../nbs/02b_locks.ipynb #7397b28a
@@ -146,8 +146,8 @@ def _handled(abi: int) -> tuple[int, int, int]:
 # %% ../nbs/02b_locks.ipynb #1094431d
 def library_paths() -> list[str]:   # folders and files that exist, none beneath another
     "What Python needs to read while it runs: its libraries, the system's, time zones."
-    places = [sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")] + [p for p in sys.path if p.endswith("-packages")]
-    places += [f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
+    places = [os.path.dirname(os.__file__), *(p for p in sys.path if p.endswith("-packages")), f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib"]
+    places += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
     found = sorted({os.path.realpath(p) for p in places if os.path.exists(p)} - {"/"})
     return [p for p in found if not any(p.startswith(q + "/") for q in found)]
 
@@ -234,7 +234,7 @@ def _refused(action):
     raise OSError("it was applied, and did not hold")
 
 def _try_landlock():
-    apply_landlock(landlock_ruleset(landlock_rules(), tempfile.gettempdir()))
+    apply_landlock(landlock_ruleset(landlock_rules(), "/tmp"))
     _refused(lambda: open("/proc/self/environ"))
 
 def _try_seccomp():
@@ -251,6 +251,7 @@ MECHANISMS = {"process": ("pidfd", "rlimits"), "locked": ("pidfd", "rlimits", "l
 @functools.cache
 def probe() -> dict[str, str]:   # mechanism -> why it does not hold here; "" where it does
     "Try every mechanism on this machine, each in a process of its own."
+    import subprocess   # which loads threading, and that would make every fork of the server dearer by a quarter
     if sys.platform != "linux": return dict.fromkeys(MECHANISMS["namespaced"], f"{sys.platform} has none of this; the sandbox needs Linux")
     package = os.path.dirname(importlib.util.find_spec("tirlab").origin)
     def attempt(name):

@@ -129,20 +129,19 @@ class _Channel:
         with contextlib.suppress(OSError): self.control.shutdown(socket.SHUT_RDWR)   # a forked copy of this process may hold it open
         os.close(self.out), self.reports.close(), self.control.close()
 
-def _memory_file(program: dict) -> int:
-    "A descriptor from which a program can be read."
+def _memory_file(content: bytes) -> int:
+    "A descriptor from which something can be read."
     fd = os.memfd_create("program")
-    with open(fd, "wb", closefd=False) as f: f.write(json.dumps(program).encode())
-    os.lseek(fd, 0, os.SEEK_SET)
+    if os.pwrite(fd, content, 0) != len(content): os.close(fd); raise MemoryError("no memory for a program")
     return fd
 
 # %% ../nbs/02_sandbox.ipynb #be816fb0
-def _send(server: _Server, mode: str, program: dict, limits: Limits) -> _Channel:
+def _send(server: _Server, mode: str, content: bytes, limits: Limits) -> _Channel:
     "Hand a program to the server."
     mb = lambda x: int(x * 2**20)
     request = [mode, math.ceil(limits.cpu_seconds), mb(limits.memory_mb), mb(limits.file_mb), mb(limits.disk_mb), math.ceil(limits.files), math.ceil(limits.threads)]
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-        fds = [_memory_file(program)]
+        fds = [_memory_file(content)]
         theirs.callback(os.close, fds[0])
         pipe, out = os.pipe()
         ours.callback(os.close, pipe), theirs.callback(os.close, out)
@@ -209,12 +208,13 @@ def run_python(
     Raises: IsolationError (an OSError) when the machine does not have that isolation."""
     level, profile = isolation_level(isolation), preload or profile_for(code)
     if profile not in PROFILES: raise ValueError(f"preload={profile!r}: there is {', '.join(PROFILES)}")
+    mode, content = ("program", json.dumps({"code": code, **program}).encode()) if program else ("code", code.encode("utf-8", "surrogatepass"))
     with _slots:
         for attempt in range(3):
             time.sleep(attempt / 10)
             server, channel = _serving(level, profile), None
             try:
-                channel = _send(server, "once", {"code": code, **program}, limits)
+                channel = _send(server, mode, content, limits)
                 facts = _collect(channel, limits)
             except TimeoutError: _serving(level, profile, dead=server)
             except OSError: continue
