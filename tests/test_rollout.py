@@ -14,6 +14,7 @@ from tirlab.calls import RolloutLimits
 from tirlab.drift import MaskError
 from tirlab.engines import BatchEngine, EngineError, GenerateEngine, Sampled, Sampling, generate, gumbel, noise_seed
 from tirlab.environments import environment_tools
+from tirlab.executions import SandboxFault
 from tirlab.formats import ChatFormat, make_format
 from tirlab.rollout import open_task, rollout, rollout_metrics, rollouts
 from tirlab.tasks import ENVIRONMENTS
@@ -259,6 +260,38 @@ def test_prompts_longer_than_the_context_end_with_a_sentence(tmp_path):
     tasks = make_tasks("arithmetic", n=2).map(lambda row: {"prompt": [{"role": "user", "content": "x" * 5000}]})
     with pytest.raises(EngineError, match="fill the model's context"):
         trainer(tmp_path, tasks=tasks).train()
+
+
+class Flaky(PythonEnvironment):
+    "An environment whose sandbox fails on one expression, and that notes when it is closed."
+    closed = 0
+
+    def python(self, code: str) -> str:
+        """
+        Run Python code and return what it prints.
+
+        Args:
+            code: Python source.
+        """
+        if code == "1":
+            raise SandboxFault("the sandbox does not answer")
+        return super().python(code)
+
+    def _close(self):
+        super()._close()
+        Flaky.closed += 1
+
+
+def test_a_sandbox_fault_never_becomes_an_observation():
+    Flaky.closed, environment = 0, Flaky()
+    environment._close, before = environment._close, Flaky.closed
+    format = ChatFormat(TOK, [environment.python])
+    prompt = format.prompt([{"role": "user", "content": "hi"}])
+    bad = '<tool_call>\n{"name": "python", "arguments": {"code": "1"}}\n</tool_call>'
+    fine = asyncio.run(rollout(prompt, Says(CALL, "85"), environment, format, RolloutLimits(1000)))
+    lost = asyncio.run(rollout(prompt, Says(CALL, bad, "85"), environment, format, RolloutLimits(1000)))
+    assert fine.stop is StopReason.ANSWER and (lost.stop, lost.turns, lost.error) == (StopReason.FAILED, [], "sandbox: the sandbox does not answer")
+    assert Flaky.closed == before + 2, "what a rollout leaves running is closed with it"
 
 
 # ---- is it our policy?

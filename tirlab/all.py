@@ -1,6 +1,7 @@
 "Everything a user needs: `from tirlab.all import *`."
 from tirlab.advantages import *
 from tirlab.calls import *
+from tirlab.confidence import *
 from tirlab.config import *
 from tirlab.continuous import ContinuousEngine as ContinuousEngine
 from tirlab.drift import assert_masks as assert_masks, drift_check as drift_check, drift_check_model as drift_check_model
@@ -10,6 +11,7 @@ from tirlab.evaluate import *
 from tirlab.formats import *
 from tirlab.rewards import *
 from tirlab.rollout import *
+from tirlab.shaping import *
 from tirlab.tasks import *
 from tirlab.tiny import *
 from tirlab.traces import Run as Run, RunError as RunError, RunWriter as RunWriter, open_run as open_run

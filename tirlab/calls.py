@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 # %% ../nbs/10c_calls.ipynb #8c525b71
-from .sandbox import cut_middle
+from .executions import SandboxFault, cut_middle
 from .trajectory import ToolCall, ToolError, ToolResult
 
 # %% ../nbs/10c_calls.ipynb #93a73195
@@ -69,8 +69,9 @@ def _problem(e):
     except Exception: return type(e).__name__
 
 def _words(make):
-    "What a function returns as text, or what it raised: (text, None) or (None, message)."
+    "What a function returns as text, or what it raised: (text, None) or (None, message); a fault of the sandbox as it is."
     try: return str(make()), None
+    except SandboxFault as e: return None, e
     except Exception as e: return None, _problem(e)
 
 # %% ../nbs/10c_calls.ipynb #16a73bba
@@ -93,7 +94,7 @@ async def run_call(
     slots: asyncio.Semaphore | None = None,          # how many plain functions run at once; None: one after another, here
     loop: asyncio.AbstractEventLoop | None = None,   # event loop that coroutine tools live on; None for the running one
 ) -> ToolResult:                         # the answer, or what went wrong
-    "Run one call. Whatever goes wrong comes back as a result the model can read."
+    "Run one call. Whatever goes wrong comes back as a result the model can read; only where the sandbox itself failed it does not. Raises: SandboxFault."
     tool, start = tools.get(call.name), time.perf_counter()
     if tool is None: return told(call.name, f"Tool {call.name} not found.", limits, ToolError.UNKNOWN)
     try:
@@ -101,6 +102,7 @@ async def run_call(
         else: text, problem = await in_thread(lambda: _words(lambda: tool(**call.arguments)), slots, limits.tool_seconds, limits.abandoned_tools)
     except TimeoutError:
         return told(call.name, f"timed out after {limits.tool_seconds} s", limits, ToolError.TIMEOUT, time.perf_counter() - start)
+    if isinstance(problem, SandboxFault): raise problem   # not the model's doing, so it must not read of it
     error = None if problem is None else ToolError.EXCEPTION
     return told(call.name, text if problem is None else problem, limits, error, time.perf_counter() - start)
 
@@ -109,6 +111,7 @@ async def _await(tool, arguments, loop):
     "What a coroutine tool returns as text, or what it raised; run on its own loop if it has one."
     async def go():
         try: return str(await tool(**arguments)), None
+        except SandboxFault as e: return None, e
         except Exception as e: return None, _problem(e)
     return await (asyncio.wrap_future(asyncio.run_coroutine_threadsafe(go(), loop)) if loop else go())
 

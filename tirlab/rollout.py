@@ -23,7 +23,7 @@ from .calls import RolloutLimits, run_calls, told
 from .engines import EngineError, Sampled, Sampling, noise_seed
 from .environments import environment_tools
 from .formats import ChatFormat
-from .sandbox import cut_middle
+from .executions import SandboxFault, cut_middle
 from .trajectory import StopReason, ToolError, ToolResult, Trajectory, Turn, TurnKind
 
 # %% ../nbs/11_rollout.ipynb #6107cc87
@@ -85,6 +85,15 @@ def open_task(
     return format.prompt(messages), tools
 
 # %% ../nbs/11_rollout.ipynb #e8232883
+@contextmanager
+def _closing(tools):
+    "When a rollout ends, so does what its environments have left running: those that own one of the tools and have a `_close`."
+    try: yield
+    finally:
+        owners = {id(o): o for t in tools.values() if hasattr(o := getattr(t, "__self__", None), "_close")}
+        for owner in owners.values(): owner._close()
+
+# %% ../nbs/11_rollout.ipynb #423efa34
 async def rollout(
     task: dict | list[int],          # a dataset row, or a rendered prompt
     engine: Any,                     # `await engine.generate(ids, sampling)` gives the next turn
@@ -102,30 +111,33 @@ async def rollout(
     ids, turns, rounds = list(prompt), [], 0
     done = lambda stop, *last: Trajectory(prompt, turns + list(last), stop)
     sampling = replace(sampling, stop=format.stop_strings if limits.first_call_only else sampling.stop)
-    while True:
-        room, start = limits.completion_tokens - (len(ids) - len(prompt)), time.perf_counter()
-        if len(ids) >= limits.context_tokens: return done(StopReason.CONTEXT)
-        most = min(room, limits.turn_tokens or room, sampling.max_new_tokens, limits.context_tokens - len(ids))
-        seed = None if noise is None else noise_seed(*noise, len(turns))
-        try: sampled = await engine.generate(ids, replace(sampling, max_new_tokens=most, seed=seed)) if most > 0 else Sampled([])
-        except EngineError as e: return Trajectory(prompt, [], StopReason.FAILED, str(e))   # nothing half-received is kept
-        now = _read(sampled, ids, format, limits, room, time.perf_counter() - start)
-        if now is None: return done(StopReason.LENGTH if turns else StopReason.FAILED)
-        if now.broken and limits.malformed == "stop": return done(StopReason.MALFORMED, now.turn())
-        if now.void and limits.void == "stop": return done(StopReason.VOID, now.turn())
-        full = StopReason.LENGTH if len(ids) + now.size < limits.context_tokens else StopReason.CONTEXT
-        if not (now.calls or now.broken or now.void): return done(StopReason.ANSWER if now.ended else full, now.turn())
-        if limits.tool_rounds is not None and rounds >= limits.tool_rounds: return done(StopReason.MAX_TURNS, now.turn())
-        if now.calls:
-            with busy.one() if busy else nullcontext(): results = await run_calls(now.calls, tools, limits, slots, loop)
-        else: results = [told("tool_call", "malformed tool call" if now.broken else "neither a tool call nor an answer", limits, ToolError.MALFORMED)]
-        if limits.last_turn_prompt and limits.tool_rounds == rounds + 1:
-            results[-1] = replace(results[-1], content=f"{results[-1].content}\n{limits.last_turn_prompt}")
-        fitted, observation = fit(results, format, room - now.size, limits, now.marked)
-        if len(observation) > room - now.size: return done(StopReason.LENGTH, now.turn(results=results))
-        if len(ids) + now.size + len(observation) >= limits.context_tokens: return done(StopReason.CONTEXT, now.turn(results=results))
-        turn = now.turn(results=fitted, observation_ids=observation)
-        turns, ids, rounds = turns + [turn], ids + turn.ids + observation, rounds + 1
+    with _closing(tools):
+        while True:
+            room, start = limits.completion_tokens - (len(ids) - len(prompt)), time.perf_counter()
+            if len(ids) >= limits.context_tokens: return done(StopReason.CONTEXT)
+            most = min(room, limits.turn_tokens or room, sampling.max_new_tokens, limits.context_tokens - len(ids))
+            seed = None if noise is None else noise_seed(*noise, len(turns))
+            try: sampled = await engine.generate(ids, replace(sampling, max_new_tokens=most, seed=seed)) if most > 0 else Sampled([])
+            except EngineError as e: return Trajectory(prompt, [], StopReason.FAILED, str(e))   # nothing half-received is kept
+            now = _read(sampled, ids, format, limits, room, time.perf_counter() - start)
+            if now is None: return done(StopReason.LENGTH if turns else StopReason.FAILED)
+            if now.broken and limits.malformed == "stop": return done(StopReason.MALFORMED, now.turn())
+            if now.void and limits.void == "stop": return done(StopReason.VOID, now.turn())
+            full = StopReason.LENGTH if len(ids) + now.size < limits.context_tokens else StopReason.CONTEXT
+            if not (now.calls or now.broken or now.void): return done(StopReason.ANSWER if now.ended else full, now.turn())
+            if limits.tool_rounds is not None and rounds >= limits.tool_rounds: return done(StopReason.MAX_TURNS, now.turn())
+            if now.calls:
+                try:
+                    with busy.one() if busy else nullcontext(): results = await run_calls(now.calls, tools, limits, slots, loop)
+                except SandboxFault as e: return Trajectory(prompt, [], StopReason.FAILED, f"sandbox: {e}")
+            else: results = [told("tool_call", "malformed tool call" if now.broken else "neither a tool call nor an answer", limits, ToolError.MALFORMED)]
+            if limits.last_turn_prompt and limits.tool_rounds == rounds + 1:
+                results[-1] = replace(results[-1], content=f"{results[-1].content}\n{limits.last_turn_prompt}")
+            fitted, observation = fit(results, format, room - now.size, limits, now.marked)
+            if len(observation) > room - now.size: return done(StopReason.LENGTH, now.turn(results=results))
+            if len(ids) + now.size + len(observation) >= limits.context_tokens: return done(StopReason.CONTEXT, now.turn(results=results))
+            turn = now.turn(results=fitted, observation_ids=observation)
+            turns, ids, rounds = turns + [turn], ids + turn.ids + observation, rounds + 1
 
 # %% ../nbs/11_rollout.ipynb #7d0f5a59
 class Turnstile:

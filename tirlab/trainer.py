@@ -30,6 +30,7 @@ from .formats import make_format
 from .recorder import Recorder
 from .rollout import rollout_metrics, rollouts
 from .sampler import Canary, calls_as_text, gathered, keep_up, make_engine, sampling_of, trl_engine
+from .sandbox import sandbox_level
 from .signals import estimate, extra_loss, group_reasons, is_void, keep_tokens, kept_advantages, own_rewards
 from .traces import RunWriter, check_folder, trace_id
 from .trajectory import ToolError
@@ -368,7 +369,7 @@ def _open_run(self: TIRTrainer, resume):
     again = self._rows_of_step is not None
     if self.run_dir is None: self.run_dir = broadcast_object_list([_free(os.path.join(self.args.output_dir, time.strftime("run-%Y%m%d-%H%M%S")))])[0]
     if not again: self._rows_of_step = {}
-    meta = dict(model=self.model.config._name_or_path, config=self.args.to_dict(), control_tokens=list(make_format(self.args.call_format, self._tokenizer, self.tools).control_ids()), tools=[t.__name__ for t in self.tools],
+    meta = dict(model=self.model.config._name_or_path, config=self.args.to_dict(), control_tokens=list(make_format(self.args.call_format, self._tokenizer, self.tools).control_ids()), tools=[t.__name__ for t in self.tools], sandbox=sandbox_level(),
                 versions={m.__name__: m.__version__ for m in (tirlab, torch, __import__("transformers"), __import__("trl"))})
     self._recorder = Recorder(RunWriter(self.run_dir, meta, self.accelerator.process_index, resume=again or resume), self._tokenizer)
     if self.is_world_process_zero() and not again: print(f"Run folder: {self.run_dir}\nLook at it with: tirlab app {self.run_dir}")
