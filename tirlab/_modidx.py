@@ -425,6 +425,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'tirlab.remote._Server.process_request_thread': ( 'remote.html#_server.process_request_thread',
                                                                                  'tirlab/remote.py'),
                                'tirlab.remote._inputs': ('remote.html#_inputs', 'tirlab/remote.py'),
+                               'tirlab.remote._lost': ('remote.html#_lost', 'tirlab/remote.py'),
                                'tirlab.remote._number': ('remote.html#_number', 'tirlab/remote.py'),
                                'tirlab.remote._pool': ('remote.html#_pool', 'tirlab/remote.py'),
                                'tirlab.remote._post': ('remote.html#_post', 'tirlab/remote.py'),

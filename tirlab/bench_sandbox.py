@@ -44,7 +44,7 @@ def traces_left() -> dict[str, int]:   # processes, files, fds
     "What the fork servers of this process hold now."
     servers = [psutil.Process(s.process.pid) for s in sandbox._servers.values()]
     family = [p for s in servers for p in (s, *s.children(recursive=True))]
-    files = sum(len(list(Path(s.folder).rglob("*"))) for s in sandbox._servers.values())
+    files = sum(len(list(Path(s.folder).glob("*/**/*"))) for s in sandbox._servers.values())
     return dict(processes=len(family), files=files, fds=sum(p.num_fds() for p in family) + psutil.Process().num_fds())
 
 def leaked(
@@ -53,11 +53,12 @@ def leaked(
 ) -> dict[str, int]:        # processes, files, fds more than before
     "What many executions, that write files, fail, and print, leave behind."
     code = "open('notes', 'w').write('37'); print(1 + 1)"
-    with ThreadPoolExecutor(at_once) as pool: list(pool.map(run_python, ["import time; time.sleep(0.5)"] * at_once))   # as many folders as there will be
+    many = lambda codes: ThreadPoolExecutor(at_once).map(run_python, codes)
+    list(many(["import time; time.sleep(2)"] * at_once))   # as many folders as there will be
     time.sleep(0.5)
     before = traces_left()
-    with ThreadPoolExecutor(at_once) as pool:
-        for _ in tqdm(pool.map(run_python, [code, "1 / 0", "print('x' * 10000)", "import os; os.mkdir('a'); open('a/b', 'w')"] * (executions // 4)), total=executions, file=sys.stderr): pass
+    codes = [code, "1 / 0", "print('x' * 10000)", "import os; os.mkdir('a'); open('a/b', 'w')"] * (executions // 4)
+    for _ in tqdm(many(codes), total=executions, mininterval=5, file=sys.stderr): pass
     time.sleep(0.5)
     after = traces_left()
     return {k: after[k] - before[k] for k in after}

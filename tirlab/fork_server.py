@@ -7,13 +7,14 @@ __all__ = []
 
 # %% ../nbs/02a_fork_server.ipynb #df8af481
 import contextlib, gc, itertools, json, os, resource, select, signal, socket, stat, sys, time
-import ast, collections, dataclasses, datetime, decimal, fractions, functools, heapq, math, random, re, statistics, string, traceback, typing  # noqa: F401
+import ast, collections, dataclasses, datetime, decimal, fractions, functools  # noqa: F401
+import heapq, math, random, re, statistics, string, traceback, typing  # noqa: F401
 from dataclasses import dataclass
 
 # %% ../nbs/02a_fork_server.ipynb #e3bcf188
 from tirlab.child import _PLACES, converse, evaluate, reseed, run_once
-from tirlab.locks import (_LIBC, Filter, address_space, apply_landlock, apply_limits, apply_seccomp, drop_capabilities, enter_namespaces, landlock_rules,
-                          landlock_ruleset, library_paths, make_filter, seccomp_filter)
+from tirlab.locks import (_LIBC, Filter, address_space, apply_landlock, apply_limits, apply_seccomp, drop_capabilities, enter_namespaces,
+                          landlock_rules, landlock_ruleset, library_paths, make_filter, seccomp_filter)
 
 # %% ../nbs/02a_fork_server.ipynb #a5a577e9
 PROFILES = {"bare": (), "numpy": ("numpy", "numpy.random"), "sympy": ("numpy", "numpy.random", "sympy")}   # name -> modules
@@ -50,7 +51,8 @@ def confine(
     report: int,         # descriptor of the socket for reports
     locks: Locks,        # what to give up
 ):
-    "Take on locks and limits and close every descriptor, those of other executions among them. There is no way back. Raises: OSError where a lock does not hold."
+    """Take on locks and limits and close every descriptor, those of other executions among them. There is no way back.
+    Raises: OSError where a lock does not hold."""
     cpu, memory, file = limits[:3]
     if locks.rules is not None: drop_capabilities(), apply_landlock(ruleset)
     os.dup2(out, 1), os.dup2(out, 2), os.dup2(report, 3)
@@ -72,7 +74,7 @@ def become_child(
     _LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != server: os._exit(1)
     os.chdir(slot.home)
-    source = os.pread(program, os.fstat(program).st_size, 0)   # read by the child alone: what the server has read, every later child could find in its memory
+    source = os.pread(program, os.fstat(program).st_size, 0)   # not by the server, or every later child could find it in its memory
     try: confine(request[1:], slot.ruleset, out, report, locks), reseed()
     except OSError as e: os.write(report, f"!{e}".encode()); os._exit(1)
     os.write(3, b"b")
@@ -103,7 +105,8 @@ def tell(
 def parse(
     request: bytes,   # "mode cpu memory file disk files threads"
 ) -> list:
-    "A request's words; a mode says whether code alone comes, or a program with its input and files, or code that stays for more. Raises: ValueError where it is none."
+    """A request's words; a mode says whether code alone comes, or a program with its input and files, or code that stays for more.
+    Raises: ValueError where it is none."""
     mode, *limits = request.decode().split()
     if mode not in ("code", "program", "stay") or len(limits) != 6: raise ValueError(mode)
     limits = [int(word) for word in limits]
@@ -188,8 +191,8 @@ def remove(
 ):
     "Delete a folder with all that is in it, also what was made unreadable."
     with contextlib.suppress(OSError): return os.rmdir(folder)
-    command = ["/bin/sh", "-c", 'exec 2>/dev/null; chmod -R u+rwx "$1"; rm -rf "$1"', "sh", folder]   # `subprocess` would load threading, which every fork then pays for
-    os.waitpid(os.posix_spawn("/bin/sh", command, {"PATH": "/usr/bin:/bin"}), 0)
+    command = ["/bin/sh", "-c", 'exec 2>/dev/null; chmod -R u+rwx "$1"; rm -rf "$1"', "sh", folder]
+    os.waitpid(os.posix_spawn("/bin/sh", command, {"PATH": "/usr/bin:/bin"}), 0)   # `subprocess` would load threading, for which every fork pays
 
 # %% ../nbs/02a_fork_server.ipynb #60fdd4e9
 def parent(
@@ -271,7 +274,7 @@ def loop(
     "Answer requests until the client's end of the socket closes."
     poll, runs, watched, swept, more = select.epoll(), {}, 0.0, 0.0, True
     poll.register(requests, select.EPOLLIN)
-    def forget(fd):   # closing would not do: a child that has just been forked still holds it, and epoll would go on reporting under a number that has a new owner
+    def forget(fd):   # closing would not do: while a new child still holds it, epoll goes on reporting, under a number that has a new owner
         with contextlib.suppress(FileNotFoundError): poll.unregister(fd)
     while more:
         ended = []

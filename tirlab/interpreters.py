@@ -23,8 +23,8 @@ def _admit(interpreter):
     "Count an interpreter in. Raises: SandboxFault where there are too many."
     with _counting:
         if len(_alive) >= MAX_INTERPRETERS:
-            raise SandboxFault(f"{MAX_INTERPRETERS} interpreters are alive, and no more may be: close some (an environment closes its own with its trajectory), "
-                               "let fewer rollouts run at once, or raise tirlab.interpreters.MAX_INTERPRETERS.")
+            raise SandboxFault(f"{MAX_INTERPRETERS} interpreters are alive, and no more may be: close some (an environment closes its own with its "
+                               "trajectory), let fewer rollouts run at once, or raise tirlab.interpreters.MAX_INTERPRETERS.")
         _alive.add(interpreter)
 
 # %% ../nbs/02e_interpreters.ipynb #c1b74254

@@ -26,20 +26,22 @@ def _call(
 
 # %% ../nbs/02b_locks.ipynb #0f1ceb09
 _ALLOWED = """
-read 0 63  write 1 64  open 2 -  close 3 57  stat 4 -  fstat 5 80  lstat 6 -  poll 7 -  lseek 8 62  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214
-rt_sigaction 13 134  rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  pwrite64 18 68  readv 19 65  writev 20 66  access 21 -  pipe 22 -  select 23 -
-sched_yield 24 124  mremap 25 216  msync 26 227  mincore 27 232  madvise 28 233  dup 32 23  dup2 33 -  pause 34 -  nanosleep 35 101  getitimer 36 102  alarm 37 -
-setitimer 38 103  getpid 39 172  sendfile 40 71  recvfrom 45 207  recvmsg 47 212  shutdown 48 210  getsockname 51 204  getpeername 52 205  getsockopt 55 209
-exit 60 93  wait4 61 260  uname 63 160  flock 73 32  fsync 74 82  fdatasync 75 83  ftruncate 77 46  getdents 78 -  getcwd 79 17  chdir 80 49  fchdir 81 50
-rename 82 -  mkdir 83 -  rmdir 84 -  creat 85 -  unlink 87 -  symlink 88 -  readlink 89 -  umask 95 166  gettimeofday 96 169  getrlimit 97 163  getrusage 98 165
-sysinfo 99 179  times 100 153  getuid 102 174  getgid 104 176  geteuid 107 175  getegid 108 177  getppid 110 173  getpgrp 111 -  getgroups 115 158
-getpgid 121 155  getsid 124 156  rt_sigpending 127 136  rt_sigtimedwait 128 137  rt_sigsuspend 130 133  sigaltstack 131 132  statfs 137 43  fstatfs 138 44
-arch_prctl 158 -  gettid 186 178  time 201 -  futex 202 98  sched_getaffinity 204 123  epoll_create 213 -  getdents64 217 61  set_tid_address 218 96
-restart_syscall 219 128  clock_gettime 228 113  clock_getres 229 114  clock_nanosleep 230 115  exit_group 231 94  epoll_wait 232 -  epoll_ctl 233 21  waitid 247 95
-openat 257 56  mkdirat 258 34  newfstatat 262 79  unlinkat 263 35  renameat 264 38  symlinkat 266 36  readlinkat 267 78  faccessat 269 48  pselect6 270 72  ppoll 271 73
-set_robust_list 273 99  epoll_pwait 281 22  timerfd_create 283 85  fallocate 285 47  timerfd_settime 286 86  timerfd_gettime 287 87  eventfd2 290 19
-epoll_create1 291 20  dup3 292 24  pipe2 293 59  preadv 295 69  pwritev 296 70  getcpu 309 168  renameat2 316 276  getrandom 318 278  membarrier 324 283
-copy_file_range 326 285  statx 332 291  rseq 334 293  close_range 436 436  faccessat2 439 439
+read 0 63  write 1 64  open 2 -  close 3 57  stat 4 -  fstat 5 80  lstat 6 -  poll 7 -  lseek 8 62  mmap 9 222  mprotect 10 226  munmap 11 215
+brk 12 214  rt_sigaction 13 134  rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  pwrite64 18 68  readv 19 65  writev 20 66  access 21 -
+pipe 22 -  select 23 -  sched_yield 24 124  mremap 25 216  msync 26 227  mincore 27 232  madvise 28 233  dup 32 23  dup2 33 -  pause 34 -
+nanosleep 35 101  getitimer 36 102  alarm 37 -  setitimer 38 103  getpid 39 172  sendfile 40 71  recvfrom 45 207  recvmsg 47 212  shutdown 48 210
+getsockname 51 204  getpeername 52 205  getsockopt 55 209  exit 60 93  wait4 61 260  uname 63 160  flock 73 32  fsync 74 82  fdatasync 75 83
+ftruncate 77 46  getdents 78 -  getcwd 79 17  chdir 80 49  fchdir 81 50  rename 82 -  mkdir 83 -  rmdir 84 -  creat 85 -  unlink 87 -
+symlink 88 -  readlink 89 -  umask 95 166  gettimeofday 96 169  getrlimit 97 163  getrusage 98 165  sysinfo 99 179  times 100 153  getuid 102 174
+getgid 104 176  geteuid 107 175  getegid 108 177  getppid 110 173  getpgrp 111 -  getgroups 115 158  getpgid 121 155  getsid 124 156
+rt_sigpending 127 136  rt_sigtimedwait 128 137  rt_sigsuspend 130 133  sigaltstack 131 132  statfs 137 43  fstatfs 138 44  arch_prctl 158 -
+gettid 186 178  time 201 -  futex 202 98  sched_getaffinity 204 123  epoll_create 213 -  getdents64 217 61  set_tid_address 218 96
+restart_syscall 219 128  clock_gettime 228 113  clock_getres 229 114  clock_nanosleep 230 115  exit_group 231 94  epoll_wait 232 -
+epoll_ctl 233 21  waitid 247 95  openat 257 56  mkdirat 258 34  newfstatat 262 79  unlinkat 263 35  renameat 264 38  symlinkat 266 36
+readlinkat 267 78  faccessat 269 48  pselect6 270 72  ppoll 271 73  set_robust_list 273 99  epoll_pwait 281 22  timerfd_create 283 85
+fallocate 285 47  timerfd_settime 286 86  timerfd_gettime 287 87  eventfd2 290 19  epoll_create1 291 20  dup3 292 24  pipe2 293 59  preadv 295 69
+pwritev 296 70  getcpu 309 168  renameat2 316 276  getrandom 318 278  membarrier 324 283  copy_file_range 326 285  statx 332 291  rseq 334 293
+close_range 436 436  faccessat2 439 439
 """
 
 # %% ../nbs/02b_locks.ipynb #5d6c6ab5
@@ -49,8 +51,8 @@ _ONLY = {   # name: numbers, argument, values it may have
     "socketpair": ("53 199", 0, (socket.AF_UNIX,)), "prctl": ("157 167", 0, (15, 16)), "prlimit64": ("302 261", 0, (0,)),
     "kill": ("62 129", 0, ("pid",)), "tgkill": ("234 131", 0, ("pid",)),       # nobody but itself
 }
-_PRETEND = """chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452  chown 92 -  fchown 93 55  lchown 94 -  fchownat 260 54  utime 132 -  utimes 235 -
-futimesat 261 -  utimensat 280 88"""
+_PRETEND = """chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452  chown 92 -  fchown 93 55  lchown 94 -
+fchownat 260 54  utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88"""
 _PROCESS = "56 220", "435 435", "44 206"   # clone, clone3, sendto
 
 # %% ../nbs/02b_locks.ipynb #ac6ea4fa
@@ -146,7 +148,7 @@ def _handled(abi: int) -> tuple[int, int, int]:
 # %% ../nbs/02b_locks.ipynb #1094431d
 def library_paths() -> list[str]:   # folders and files that exist, none beneath another
     "What Python needs to read while it runs: its libraries, the system's, time zones."
-    places = [os.path.dirname(os.__file__), *(p for p in sys.path if p.endswith("-packages")), f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib"]
+    places = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib", *[p for p in sys.path if "-packages" in p]]
     places += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
     found = sorted({os.path.realpath(p) for p in places if os.path.exists(p)} - {"/"})
     return [p for p in found if not any(p.startswith(q + "/") for q in found)]

@@ -32,6 +32,7 @@ def as_script(
     return _SCRIPT.format(code=ascii(code))
 
 # %% ../nbs/02f_remote.ipynb #2731b851
+def _lost(why: str) -> Execution: return Execution("", f"SandboxError: {why}", Status.LOST, 0.0, False)
 def _text(value) -> str: return value if isinstance(value, str) else ""
 def _number(value) -> float | None:
     "A finite number, or None for anything else that JSON may hold."
@@ -46,7 +47,7 @@ def read_answer(
     run = answer.get("run_result") if isinstance(answer, dict) else None
     if not isinstance(run, dict) or answer.get("status") not in ("Success", "Failed"):
         said = _text(answer.get("message")) if isinstance(answer, dict) else ""
-        return Execution("", f"SandboxError: {said[:300] or 'the answer is none'}", Status.LOST, 0.0, False)
+        return _lost(said[:300] or "the answer is none")
     text, stderr, code = _text(run.get("stdout")), _text(run.get("stderr")).strip(), run.get("return_code")
     shown, seconds, answer = cut_middle(text, limits.output_chars), _number(run.get("execution_time")) or 0.0, run.get("answer")
     if run.get("status") == "TimeLimitExceeded": status, error = Status.TIMEOUT, f"TimeoutError: still running after {limits.seconds:g} seconds"
@@ -82,17 +83,18 @@ def remote(
     token = token or os.environ.get("TIRLAB_SANDBOX_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     def run(code: str, limits: Limits = Limits()) -> Execution:
-        body = dict(code=as_script(code), language="python", compile_timeout=limits.seconds, run_timeout=limits.seconds, memory_limit_MB=math.ceil(limits.memory_mb))
-        fault = ""
+        body = dict(code=as_script(code), language="python", compile_timeout=limits.seconds, run_timeout=limits.seconds,
+                    memory_limit_MB=math.ceil(limits.memory_mb))
+        fault, most = "", int(12 * limits.flood_mb * 2**20) + 100_000   # JSON may need six bytes for one, in two streams
         for attempt in range(tries):
             if attempt: time.sleep(pause * 2 ** (attempt - 1) * (0.5 + random.random()))
-            try: status, data = _post(url.rstrip("/") + "/run_code", body, headers, limits.seconds + 60, int(12 * limits.flood_mb * 2**20) + 100_000)
+            try: status, data = _post(url.rstrip("/") + "/run_code", body, headers, limits.seconds + 60, most)
             except httpx.TransportError as e: fault = f"{type(e).__name__}: {e}"; continue
             if status in _AGAIN: fault = f"HTTP {status}"; continue
-            if status != 200: return Execution("", f"SandboxError: HTTP {status} from {url}: {data[:200].decode('utf-8', 'replace')}", Status.LOST, 0.0, False)
+            if status != 200: return _lost(f"HTTP {status} from {url}: {data[:200].decode('utf-8', 'replace')}")
             try: return read_answer(json.loads(data), limits)
             except (ValueError, RecursionError) as e: fault = f"{type(e).__name__}: {e}"
-        return Execution("", f"SandboxError: {url} does not answer ({fault[:300]})", Status.LOST, 0.0, False)
+        return _lost(f"{url} does not answer ({fault[:300]})")
     return run
 
 # %% ../nbs/02f_remote.ipynb #3781eeff
@@ -125,7 +127,7 @@ def ray_nodes(
     isolation: str | None = None,   # level on each node, as in `run_python`
     at_once: int = 64,              # executions in flight on a node
 ) -> Callable[[str, Limits], Execution]:
-    "A function like `run_python` that runs code on the nodes of the Ray cluster this process is connected to, least-loaded first. Needs tirlab[ray]."
+    "A function like `run_python` that runs code on the nodes of the Ray cluster we are connected to, least-loaded first. Needs tirlab[ray]."
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     class Sandbox:
@@ -135,7 +137,7 @@ def ray_nodes(
         actor = ray.remote(Sandbox).options(scheduling_strategy=strategy, max_concurrency=at_once, num_cpus=0, max_restarts=-1).remote()
         def run(code, limits):
             try: return ray.get(actor.run.remote(code, limits), timeout=limits.seconds + 60)
-            except (ray.exceptions.RayError, OSError) as e: return Execution("", f"SandboxError: {type(e).__name__} on node {node}", Status.LOST, 0.0, False)
+            except (ray.exceptions.RayError, OSError) as e: return _lost(f"{type(e).__name__} on node {node}")
         return run
     return least_loaded(*(on(n["NodeID"]) for n in ray.nodes() if n["Alive"]))
 
@@ -161,10 +163,10 @@ def _inputs(body: dict) -> dict:
     "Standard input and files of a request."
     stdin, files = body.get("stdin") or "", body.get("files") or {}
     if not isinstance(stdin, str): raise ValueError("`stdin` must be a string")
-    if not isinstance(files, dict) or len(files) > 100: raise ValueError("`files` must be an object of at most 100 names, each with its content in base64")
+    if not isinstance(files, dict) or len(files) > 100: raise ValueError("`files` must be an object of at most 100 names, each with base64")
     for name, content in files.items():
         plain = name and "\0" not in name and not os.path.isabs(name) and ".." not in name.split("/") and len(name) < 200
-        if not plain or not isinstance(content, str): raise ValueError("a name in `files` must be a path inside the working directory, and its content base64")
+        if not plain or not isinstance(content, str): raise ValueError("`files` must map paths inside the working directory to base64")
         try: base64.b64decode(content, validate=True)
         except (binascii.Error, ValueError): raise ValueError(f"the content of {name!r} is not base64") from None
     return ({"stdin": stdin} if stdin else {}) | ({"files": files} if files else {})
@@ -177,11 +179,11 @@ def answer_request(
     "Run what a request asks for, and say in SandboxFusion's words what came of it. Raises: ValueError, with a sentence for the sender."
     code, limits, program = read_request(body)
     run = run_python(code, limits, isolation, **program)
-    if run.status is Status.LOST: return dict(status="SandboxError", message=run.error, compile_result=None, run_result=None, executor_pod_name=None, files={})
-    late = run.status is Status.TIMEOUT
-    result = dict(status="TimeLimitExceeded" if late else "Finished", execution_time=run.seconds, return_code=None if late else int(run.status is not Status.OK),
-                  stdout=run.stdout, stderr=run.error, answer=run.answer)
-    return dict(status="Success" if run.status is Status.OK else "Failed", message="", compile_result=None, run_result=result, executor_pod_name=None, files={})
+    common, late = dict(compile_result=None, executor_pod_name=None, files={}), run.status is Status.TIMEOUT
+    if run.status is Status.LOST: return dict(status="SandboxError", message=run.error, run_result=None, **common)
+    result = dict(status="TimeLimitExceeded" if late else "Finished", execution_time=run.seconds,
+                  return_code=None if late else int(run.status is not Status.OK), stdout=run.stdout, stderr=run.error, answer=run.answer)
+    return dict(status="Success" if run.status is Status.OK else "Failed", message="", run_result=result, **common)
 
 # %% ../nbs/02f_remote.ipynb #daddfd09
 _LONGEST = 16 * 2**20   # bytes of a request
@@ -209,7 +211,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> tuple[int, dict]:
         given, length = self.headers.get("Authorization", ""), self.headers.get("Content-Length", "")
         if self.path != "/run_code": return 404, {"detail": "POST /run_code"}
-        if self.server.token and not hmac.compare_digest(given.encode("utf-8", "replace"), f"Bearer {self.server.token}".encode()): return 401, {"detail": "this server wants its token"}
+        wanted = f"Bearer {self.server.token}".encode() if self.server.token else None
+        if wanted and not hmac.compare_digest(given.encode("utf-8", "replace"), wanted): return 401, {"detail": "this server wants its token"}
         if self.headers.get_content_type() != "application/json": return 415, {"detail": "send application/json"}
         if not length.isascii() or not length.isdigit() or self.headers.get("Transfer-Encoding"): return 411, {"detail": "send a Content-Length"}
         if len(length) > 9 or int(length) > _LONGEST: return 413, {"detail": f"at most {_LONGEST} bytes"}
@@ -240,11 +243,12 @@ def sandbox_server(
     token: str | None = None,       # that clients must send; None takes TIRLAB_SANDBOX_TOKEN
     isolation: str | None = None,   # level, as in `run_python`
 ) -> http.server.ThreadingHTTPServer:   # `serve_forever()` serves
-    "A server of SandboxFusion's `/run_code`. Raises: ValueError without a token on an address that others reach; OSError where the level is not to be had."
+    """A server of SandboxFusion's `/run_code`.
+    Raises: ValueError without a token on an address that others reach; OSError where the level is not to be had."""
     token = token or os.environ.get("TIRLAB_SANDBOX_TOKEN")
     try: local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError: local = False
-    if not local and not token: raise ValueError(f"{host} can be reached from other machines: set a token (TIRLAB_SANDBOX_TOKEN), or listen on 127.0.0.1")
+    if not local and not token: raise ValueError(f"{host} can be reached from elsewhere: set a token (TIRLAB_SANDBOX_TOKEN), or listen on 127.0.0.1")
     if lacking := missing(isolation_level(isolation)): raise IsolationError(f"{isolation_level(isolation)} is not to be had here ({lacking})")
     server = _Server((host, port), _Handler)
     server.token, server.isolation, server.level = token, isolation, sandbox_level(isolation)

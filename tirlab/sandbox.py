@@ -50,8 +50,8 @@ def _spawn(level: str, profile: str, theirs: int, folder: str) -> subprocess.Pop
     package = os.path.dirname(importlib.util.find_spec("tirlab").origin)
     environment = {"PYTHONPATH": os.path.dirname(package), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "MALLOC_ARENA_MAX": "2",
                    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    return subprocess.Popen([sys.executable, "-sP", "-m", "tirlab.fork_server", str(theirs), folder, level, profile], stdin=subprocess.DEVNULL,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env=environment, pass_fds=[theirs], start_new_session=True)
+    command, null = [sys.executable, "-sP", "-m", "tirlab.fork_server", str(theirs), folder, level, profile], subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, cwd=folder, env=environment, pass_fds=[theirs], start_new_session=True)
 
 # %% ../nbs/02_sandbox.ipynb #aad0032c
 def _start(level: str, profile: str) -> _Server:
@@ -66,8 +66,8 @@ def _start(level: str, profile: str) -> _Server:
     if word == b"r": return server
     _stop(server)
     if lacking := missing(level):
-        raise IsolationError(f'isolation="{level}" is not to be had here ({lacking}). Ask for less (isolation="process", or TIRLAB_ISOLATION=process in the '
-                             "environment) only in a container or virtual machine that holds nothing you would miss.")
+        raise IsolationError(f'isolation="{level}" is not to be had here ({lacking}). Ask for less (isolation="process", or TIRLAB_ISOLATION=process '
+                             "in the environment) only in a container or virtual machine that holds nothing you would miss.")
     raise IsolationError(f"the sandbox's fork server did not start: {word.decode('utf-8', 'replace') or 'it ended without a word'}")
 
 # %% ../nbs/02_sandbox.ipynb #16ab762a
@@ -138,8 +138,8 @@ def _memory_file(content: bytes) -> int:
 # %% ../nbs/02_sandbox.ipynb #be816fb0
 def _send(server: _Server, mode: str, content: bytes, limits: Limits) -> _Channel:
     "Hand a program to the server."
-    mb = lambda x: int(x * 2**20)
-    request = [mode, math.ceil(limits.cpu_seconds), mb(limits.memory_mb), mb(limits.file_mb), mb(limits.disk_mb), math.ceil(limits.files), math.ceil(limits.threads)]
+    bytes_ = [int(mb * 2**20) for mb in (limits.memory_mb, limits.file_mb, limits.disk_mb)]
+    request = [mode, math.ceil(limits.cpu_seconds), *bytes_, math.ceil(limits.files), math.ceil(limits.threads)]
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
         fds = [_memory_file(content)]
         theirs.callback(os.close, fds[0])
