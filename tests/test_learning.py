@@ -261,3 +261,50 @@ def test_a_step_without_signal_leaves_the_optimiser_alone(tmp_path, monkeypatch)
         return states
     moved = lambda states: [any(not torch.equal(a, b) for a, b in zip(x, y)) for x, y in zip(states, states[1:])]
     assert moved(go(True)) == [False, False, False] and moved(go(False)) == [True, True, True]
+
+
+# ---- shaping, and every option of TRL's
+
+
+def test_code_shaping_gives_failures_their_likeness(tmp_path, monkeypatch):
+    "A failed rollout whose code is like a success's earns more than one that wrote nothing."
+    scripts = [[call("37+48"), "85"], [call("37+48"), "84"], ["9"], ["8"]]
+    for name in ("gtpo", "grpo"):
+        t = trainer(tmp_path / name, monkeypatch, scripts=scripts, rewards=lambda completions, **k: [float(i % 4 == 0) for i in range(len(completions))],
+                    advantage=name, code_shaping=0.5, format_penalty=0.0, trace=False)
+        batch_and_gradient(t)
+        rewards, advantages, _ = t._credit(GROUP)
+        assert rewards.nansum(1)[:4].tolist() == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1e-4)
+        assert advantages[1, 0] > advantages[2, 0] == advantages[3, 0]
+
+
+WORKS = {   # TRL's options with a value other than the default, beside advantage="gtpo" -> what they mean there
+    "beta": (0.04, "KL a token"), "num_iterations": (2, "the batch is used twice"), "epsilon": (0.1, "clip a token"), "epsilon_high": (0.28, "clip a token"),
+    "delta": (3.0, "dual clip"), "scale_rewards": ("batch", "returns over the batch's spread"), "entropy_coef": (0.01, "mean entropy of tokens in the loss"),
+    "top_entropy_quantile": (0.5, "tokens of high entropy only"), "importance_sampling_level": ("sequence", "one ratio a rollout times each turn's advantage"),
+    "mask_truncated_completions": (True, "rollouts that were cut off, by stop reason"), "reward_weights": ([2.0], "weighs the outcome"), "temperature": (0.7, "sampling"),
+    "top_p": (0.9, "sampling"), "top_k": (20, "sampling"), "min_p": (0.05, "sampling"), "repetition_penalty": (1.1, "sampling"),
+    "use_bias_correction_kl": (True, "KL times ratio"), "max_tool_calling_iterations": (1, "rounds of calls"), "num_generations_eval": (2, "evaluation"),
+    "cast_lm_head_to_fp32": (True, "precision of the head"), "disable_dropout": (True, "no dropout"), "shuffle_dataset": (False, "order of prompts"),
+    "steps_per_generation": (2, "a batch is spread over steps"), "pad_to_multiple_of": (8, "padding"), "log_completions": (True, "TRL's table"),
+    "max_completion_length": (100, "budget"), "sync_ref_model": (False, "reference"), "num_completions_to_print": (1, "TRL's table"),
+} | {f"loss_type={x}": (x, "per-token advantages") for x in LOSSES}
+REFUSED = {"loss_type=vespo": "vespo", "off_policy_mask_threshold": 0.5, "multi_objective_aggregation": "normalize_then_sum"}
+
+
+@pytest.mark.parametrize("option", WORKS)
+def test_options_that_have_a_meaning_beside_gtpo(option, tmp_path, monkeypatch):
+    name, (value, _) = option.split("=")[0], WORKS[option]
+    t = trainer(tmp_path, monkeypatch, advantage="gtpo", trace=False, **{name: value})
+    if name in ("top_k", "top_p", "min_p", "repetition_penalty", "temperature"):
+        from tirlab.sampler import sampling_of
+        assert getattr(sampling_of(t.args), name) == value
+    inputs, loss, grad = batch_and_gradient(t)
+    assert inputs["advantages"].dim() == 2 and torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_options_without_a_meaning_beside_gtpo_are_refused_by_name(option):
+    name = option.split("=")[0]
+    with pytest.raises(ValueError, match=name):
+        TIRConfig(advantage="gtpo", **{name: REFUSED[option]})

@@ -31,6 +31,7 @@ class SignalConfig(GRPOConfig):
     gamma: float = field(default=0.9, metadata={"help": "Discount from one turn to the next, 0 to 1 (gtpo, turn_rloo)."})
     normalisation: str = field(default="pooled", metadata={"help": "What a turn's return is compared with: all of the group ('pooled'), the same turn of the others ('per_turn_index'), first turns ('first_return') (gtpo)."})
     format_penalty: float = field(default=0.1, metadata={"help": "Reward taken off a turn whose call syntax is broken, or off a first turn without a call (advantages by turn)."})
+    code_shaping: float = field(default=0.0, metadata={"help": "Most that a failed rollout can earn by the likeness of its code to that of the group's successes, below 1; GTPO takes 0.5, 0 is none. Rewards must be 0 or 1."})
     void_filter: str = field(default="none", metadata={"help": "What is left out of the loss: rollouts with a void turn ('trajectory', SimpleTIR), what comes from it on ('suffix'), rollouts with improbable tokens "
         "('low_prob') or high importance ratios ('high_ratio'), 'stop_only' or 'none' nothing."})
     filter_threshold: float | None = field(default=None, metadata={"help": "Smallest probability ('low_prob') or largest ratio ('high_ratio')."})
@@ -92,6 +93,7 @@ def _check_values(args):
     "Raise ValueError, in one sentence, for values that are wrong or that `gtpo` gives no meaning."
     for name, known in CHOICES.items():
         if getattr(args, name) not in known: raise ValueError(f"{name}={getattr(args, name)!r} is unknown; choose one of {', '.join(map(repr, known))}.")
+    if not 0 <= args.code_shaping < 1: raise ValueError(f"code_shaping={args.code_shaping} is not between 0 and 1: a failed rollout must earn less than a right one.")
     if not 0 <= args.gamma <= 1: raise ValueError(f"gamma={args.gamma} is not between 0 and 1.")
     if args.max_concurrent_tools < 1: raise ValueError(f"max_concurrent_tools={args.max_concurrent_tools} runs no tool; give at least 1.")
     if args.engine == "trl" and args.schedule == "eager": raise ValueError("schedule='eager' needs an engine that takes single requests, and engine='trl' samples in batches; choose schedule='turn'.")

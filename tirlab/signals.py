@@ -18,6 +18,7 @@ from .config import BY_TURN, TIRConfig
 from .filters import baseline_rewards, drop_rows, filter_tokens, group_verdicts, has_answer, overlong, void_turns
 from .losses import clip_cov_mask, kl_cov_terms, positive_nll_terms, ppo_clipped, token_weights
 from .rewards import format_rewards, turn_rewards
+from .shaping import shaped_outcomes
 from .trajectory import Trajectory
 
 # %% ../nbs/40b_signals.ipynb #426d9c3e
@@ -30,13 +31,15 @@ def own_rewards(
 
 # %% ../nbs/40b_signals.ipynb #7f74108d
 def estimate(
-    args: TIRConfig,               # advantage, gamma, normalisation, scale_rewards
+    args: TIRConfig,               # advantage, gamma, normalisation, scale_rewards, code_shaping
     per_turn: list[list[float]],   # `own_rewards` of all processes' rollouts, groups in a row
     outcome: Tensor,               # (N,) reward of each; nan where unscored
     group_size: int,               # rollouts of one prompt
     void: Tensor,                  # (N,) bool, rollouts with a void turn
+    code: list[str] | None = None, # N: what each rollout wrote, where code_shaping asks for it
 ) -> tuple[Tensor, Tensor]:        # (N, J) rewards by turn, nan where there was none; (N, J) advantages, 0 there
     "Rewards and advantages by turn under these arguments."
+    if args.code_shaping: outcome = shaped_outcomes(outcome, code, group_size, alpha=args.code_shaping)
     rewards = turn_rewards(per_turn, outcome)
     counted = baseline_rewards(rewards, void, args.void_in_baseline or args.void_filter not in ("trajectory", "suffix"))
     scale = {True: "group", False: "none"}.get(args.scale_rewards, args.scale_rewards)

@@ -31,6 +31,7 @@ from .recorder import Recorder
 from .rollout import rollout_metrics, rollouts
 from .sampler import Canary, calls_as_text, gathered, keep_up, make_engine, sampling_of, trl_engine
 from .sandbox import sandbox_level
+from .shaping import written_code
 from .signals import estimate, extra_loss, group_reasons, is_void, keep_tokens, kept_advantages, own_rewards
 from .traces import RunWriter, check_folder, trace_id
 from .trajectory import ToolError
@@ -208,10 +209,11 @@ def _credit(self: TIRTrainer, num_generations):
     "Rewards and advantages by turn, each (N, J), and the reasons to leave a rollout's group out, of all processes' rollouts."
     weights, device = self.reward_weights.to(self._rewards.device), self._rewards.device
     outcome = (self._rewards * weights).nansum(1).masked_fill(self._rewards.isnan().all(1), torch.nan)
-    facts = gather_object([(own_rewards(self.args, t), is_void(self.args, t), c) for t, c in zip(self._batch, overlong(self._batch))])
-    per_turn, void, cut = zip(*facts)
+    code = [written_code(t) if self.args.code_shaping else "" for t in self._batch]
+    facts = gather_object([(own_rewards(self.args, t), is_void(self.args, t), *more) for t, *more in zip(self._batch, overlong(self._batch), code)])
+    per_turn, void, cut, code = zip(*facts)
     reasons = group_reasons(self.args, outcome, torch.tensor(cut, device=device), num_generations)
-    return *estimate(self.args, list(per_turn), outcome, num_generations, torch.tensor(void, device=device)), reasons
+    return *estimate(self.args, list(per_turn), outcome, num_generations, torch.tensor(void, device=device), list(code)), reasons
 
 # %% ../nbs/41_trainer.ipynb #af6884c0
 @patch
@@ -231,11 +233,12 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     width, turns = output["completion_ids"].shape[1], max(len(t.turns) for t in self._batch)
     rewards, advantages, reasons = self._credit(self.num_generations if self.model.training else self.num_generations_eval)
     rewards, by_turn = self._local(rewards), self._local(advantages)
-    if self.args.advantage == "grpo" and self.args.void_in_baseline: by_turn = output["advantages"][:, None].expand(-1, max(turns, 1))   # TRL's own
+    own = self.args.advantage != "grpo" or not self.args.void_in_baseline or bool(self.args.code_shaping)   # else TRL's advantages stay
+    if not own: by_turn = output["advantages"][:, None].expand(-1, max(turns, 1))
     by_token = self._token_advantages(by_turn, width)
     if self.args.advantage in BY_TURN: output["advantages"] = by_token
-    elif self.args.advantage != "grpo" or not self.args.void_in_baseline: output["advantages"] = by_turn[:, 0] if turns else output["advantages"]
-    if self.args.advantage != "grpo": self._relog_advantages(by_turn, len(advantages))
+    elif own and turns: output["advantages"] = by_turn[:, 0]
+    if own: self._relog_advantages(by_turn, len(advantages))
     dropped = self._leave_out(output, self._local(reasons)) if self.model.training else [None] * len(self._batch)
     if self._recorder: output["record"] = self._open_records(inputs, by_turn, rewards, by_token, dropped)
     return output
