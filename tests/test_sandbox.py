@@ -233,3 +233,25 @@ except OSError as e: sys.exit("did not start" not in str(e))
 """
     result = python(script)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter is written for x86-64")
+def test_locks_in_a_container_that_refuses_namespaces():
+    "Emulated: no capabilities beyond Docker's default ones, and its filter's refusal of unshare, mount, setns, ptrace, keyctl and bpf."
+    script = """
+import ctypes, struct, sys
+from tirlab import locks, sandbox
+refused = [272, 165, 308, 101, 250, 321]   # unshare, mount, setns, ptrace, keyctl, bpf
+program = locks._op(locks._LOAD, 0) + b"".join(locks._op(locks._EQUAL, n, len(refused) - i) for i, n in enumerate(refused))
+program += locks._end(locks._ALLOW) + locks._DENY
+docker = 0xa80425fb if os.geteuid() == 0 else 0
+ctypes.CDLL(None).capset(struct.pack("II", 0x20080522, 0), struct.pack("6I", docker, docker, 0, 0, 0, 0))
+locks.apply_seccomp(locks.make_filter(program))
+from tirlab.sandbox import run_python
+assert str(run_python("37 + 48")) == "85"
+assert "PermissionError" in run_python("open('/etc/passwd')").error and "PermissionError" in run_python("import socket; socket.socket()").error
+try: run_python("1", isolation="namespaced")
+except sandbox.IsolationError as e: print(e)
+"""
+    result = python("import os\n" + script)
+    assert "(namespaces: Operation not permitted)" in result.stdout, result

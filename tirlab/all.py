@@ -8,10 +8,14 @@ from tirlab.drift import assert_masks as assert_masks, drift_check as drift_chec
 from tirlab.engines import *
 from tirlab.environments import *
 from tirlab.evaluate import *
+from tirlab.executions import Execution as Execution, Limits as Limits, SandboxFault as SandboxFault, Status as Status
 from tirlab.formats import *
+from tirlab.interpreters import Interpreter as Interpreter
+from tirlab.remote import least_loaded as least_loaded, ray_nodes as ray_nodes, remote as remote
 from tirlab.rewards import *
 from tirlab.rollout import *
 from tirlab.shaping import *
+from tirlab.sandbox import run_python as run_python, sandbox_level as sandbox_level
 from tirlab.tasks import *
 from tirlab.tiny import *
 from tirlab.traces import Run as Run, RunError as RunError, RunWriter as RunWriter, open_run as open_run

@@ -44,16 +44,19 @@ class PythonEnvironment:
             code: Python source; the value of a last expression is printed.
         """
         execution = self._run(code)
-        if execution.status is Status.LOST and not self._stateful: execution = self._run(code)
+        if execution.status is Status.LOST and not self._stateful: execution = self._run(code)   # lost variables cannot be brought back
         if execution.status is Status.LOST: raise SandboxFault(execution.error)
         if execution.answer is not None: self.answer = execution.answer
         return observe(execution, self._style)
 
     def _run(self, code):
-        if self._stateful:
+        try:
+            if self._backend: return self._backend(code, self.limits)
+            if not self._stateful: return run_python(code, self.limits, self._isolation)
             self._interpreter = self._interpreter or Interpreter(self.limits, self._isolation)
             return self._interpreter.run(code)
-        return self._backend(code, self.limits) if self._backend else run_python(code, self.limits, self._isolation)
+        except SandboxFault: raise
+        except OSError as e: return Execution("", f"SandboxError: {e}", Status.LOST, 0.0, False)   # no descriptors or processes left, say
 
     def _close(self):
         "End what the rollout has left running. Whoever drives rollouts calls it when one ends."

@@ -266,7 +266,7 @@ def probe() -> dict[str, str]:   # mechanism -> why it does not hold here; "" wh
 def _main(name):
     "Try one mechanism and print what came of it."
     try: problem = _TRIALS[name]() or ""
-    except OSError as e: problem = e.strerror or str(e)
+    except OSError as e: problem = (e.strerror or str(e)).removeprefix(f"{name}: ")
     os.write(1, json.dumps(problem).encode())
 
 if __name__ == "__main__": _main(sys.argv[1])
