@@ -292,6 +292,33 @@ WORKS = {   # TRL's options with a value other than the default, beside advantag
 REFUSED = {"loss_type=vespo": "vespo", "off_policy_mask_threshold": 0.5, "multi_objective_aggregation": "normalize_then_sum"}
 
 
+ELSEWHERE = {   # say nothing about rewards, advantages or the loss's mask: where things run, how prompts are drawn, what is logged; or tune another option above
+    "model_init_kwargs", "trust_remote_code", "router_aux_loss_coef", "num_generations", "ds3_gather_for_generation", "generation_batch_size", "chat_template_kwargs",
+    "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
+    "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap", "sapo_temperature_neg",
+    "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_adaptive_entropy",
+    "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target", "log_multimodal", "log_unique_prompts", "log_completions_hub_repo",
+    "transformers_continuous_batching_config", "use_transformers_paged"}
+ONLY_TRL = {"generation_kwargs": {"bad_words_ids": [[1]]}, "cache_implementation": "static", "use_transformers_continuous_batching": True}   # TRL's own sampler's
+
+
+def test_the_tables_hold_every_option_of_trl():
+    import dataclasses
+    from transformers import TrainingArguments
+    from trl import GRPOConfig
+    own = {f.name for f in dataclasses.fields(GRPOConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+    named = {x.split("=")[0] for x in {**WORKS, **REFUSED}} | ELSEWHERE | set(ONLY_TRL)
+    assert own - named == set() and named - own <= {"disable_dropout"}
+
+
+@pytest.mark.parametrize("name", ONLY_TRL)
+def test_options_of_trls_sampler_are_refused_with_ours(name):
+    with pytest.raises(ValueError, match=name):
+        TIRConfig(engine="generate", **{name: ONLY_TRL[name]})
+    TIRConfig(engine="trl", **{name: ONLY_TRL[name]})
+
+
 @pytest.mark.parametrize("option", WORKS)
 def test_options_that_have_a_meaning_beside_gtpo(option, tmp_path, monkeypatch):
     name, (value, _) = option.split("=")[0], WORKS[option]
