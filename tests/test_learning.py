@@ -335,3 +335,20 @@ def test_options_without_a_meaning_beside_gtpo_are_refused_by_name(option):
     name = option.split("=")[0]
     with pytest.raises(ValueError, match=name):
         TIRConfig(advantage="gtpo", **{name: REFUSED[option]})
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    "A group that lies across two gloo processes: same rollouts, same advantages, same reasons to leave one out, as in one process."
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+    script, runs = str(Path(__file__).with_name("two_processes.py")), []
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+        done = subprocess.run([sys.executable, *launch, script, str(tmp_path / name)], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        run = open_run(tmp_path / name / "run")
+        rows = [run.trajectory(i) for i in run.index().id]
+        runs.append(sorted((tuple(r.ids), tuple(round(a, 4) for a in r.turn_advantages), r.dropped) for r in rows))
+        assert len({r.rank for r in rows}) == (2 if name == "two" else 1) and len({r.group for r in rows}) == 1
+    assert runs[0] == runs[1] and any(d for *_, d in runs[0])

@@ -6,6 +6,7 @@ Intended differences, each with the value that gives TRL's behaviour, used throu
   tool_timeout=None             TRL waits for a tool for ever (the default here too)
   max_concurrent_tools=1        TRL runs tools one after another, in the trainer's thread
   engine="trl"                  TRL draws from torch's global generator; here the noise of a token belongs to it
+  skip_empty_steps=False        TRL steps its optimiser also where no token has a gradient
   logging_steps=10              TRL's default
   gradient_checkpointing=True   TRL's default, also on a CPU
   trace=False                   TRL writes no run folder (traces are written here, to show that they change nothing)
@@ -138,7 +139,7 @@ def run(trainer_class, setup, tmp_path, monkeypatch, steps=3, **options):
                   num_generations=GROUP, max_completion_length=BUDGET, learning_rate=1e-3, seed=3, save_strategy="no", disable_tqdm=True, logging_steps=1,
                   max_tool_calling_iterations=2, beta=0.01, **options)
     if trainer_class is TIRTrainer:
-        args = TIRConfig(malformed_calls="stop", max_observation_chars=None, max_concurrent_tools=1, engine="trl", **common)
+        args = TIRConfig(malformed_calls="stop", max_observation_chars=None, max_concurrent_tools=1, engine="trl", skip_empty_steps=False, **common)
     else:
         args = GRPOConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, **common)
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted(firsts, setup == "sampler's logprobs"))

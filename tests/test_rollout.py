@@ -48,7 +48,7 @@ def play(model, schedule, seed=0, n=12, engine=None, limits=RolloutLimits(160), 
     tasks, engine = list(make_tasks("arithmetic", "test", n)), engine or GenerateEngine(model, TOK)
     environments = [environment() for _ in tasks]
     with engine.ready():
-        return rollouts(tasks, engine, environments, [ChatFormat(TOK, list(environment_tools(e).values())) for e in environments], limits, sampling, (seed,), schedule)
+        return rollouts(tasks, engine, environments, [ChatFormat(TOK, list(environment_tools(e).values())) for e in environments], limits, sampling, (seed,), 0, schedule)
 
 
 # ---- noise
@@ -240,7 +240,7 @@ def trainer(tmp_path, environment=PythonEnvironment, tasks=None, **options):
 @pytest.mark.parametrize("advantage", ["grpo", "gtpo"])
 def test_training_goes_on_while_one_group_is_whole(advantage, tmp_path):
     t = trainer(tmp_path, advantage=advantage)
-    lost = {noise_seed(t.args.seed, "train", 1, 0, row, 0) for row in (2, 5)}     # two rows of the first group fail at their first turn
+    lost = {noise_seed(t.args.seed, "train", 1, row, 0) for row in (2, 5)}     # two rows of the first group fail at their first turn
     t._sampler = breaks(t.model, lambda ids, sampling: sampling.seed in lost)
     t.train()
     index = open_run(t.run_dir).index()

@@ -65,7 +65,7 @@ def evaluate(
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             prompts, named, formats = zip(*(_prepare(r, environment_factory, tools, tokenizer, ends, call_format) for r in rows))
-            done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate", start), schedule)
+            done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate"), start, schedule)
     columns = {c: [row[c] for row in dataset] for c in dataset.column_names if c not in ("prompt", "completion", "completion_ids")}
     return Evaluation(done, reward(prompts=[row["prompt"] for row in dataset], completions=[t.messages for t in done],
                                    completion_ids=[t.completion_ids for t in done], **columns))

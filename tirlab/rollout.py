@@ -224,7 +224,8 @@ def rollouts(
     formats: list[ChatFormat],        # N, one a rollout
     limits: RolloutLimits = RolloutLimits(),   # what each may use
     sampling: Sampling = Sampling(2**31),      # how to draw
-    seed: tuple | None = (0,),        # names the noise, e.g. (seed, step, rank); a row's number is put behind it. None for torch's global generator
+    seed: tuple | None = (0,),        # names the noise, e.g. (seed, step); a row's number is put behind it. None for torch's global generator
+    first: int = 0,                   # number of the first row
     schedule: str = "turn",           # "turn": sample when all have asked, reproducible; "eager": nobody waits
     workers: int = 32,                # tools running at once; 1 runs them one after another in this thread, as TRL does
     loop: asyncio.AbstractEventLoop | None = None,   # event loop of coroutine tools
@@ -235,7 +236,7 @@ def rollouts(
     generating, using = Busy(), Busy()
     bar = tqdm(total=len(tasks), desc="rollouts", unit="rollout", leave=False, delay=2, disable=not sys.stderr.isatty())
     async def one(engine, gate, slots, i):
-        noise = None if seed is None else (*seed, i)
+        noise = None if seed is None else (*seed, first + i)
         done = await rollout(tasks[i], gate.seat(i) if gate else engine, environments[i], formats[i], limits, sampling, noise, slots, loop, using)
         if gate: gate.leave()   # not after an error: then all stop, and nothing more is sampled for them
         bar.update()

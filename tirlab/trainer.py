@@ -118,11 +118,11 @@ def _tokenize_prompts(self: TIRTrainer, prompts):
 # %% ../nbs/41_trainer.ipynb #ffbdfb66
 @patch
 def _noise(self: TIRTrainer, n):
-    "Names of the noise of the `n` rollouts that are made now: seed, split, step, and how many rows of this step came before."
+    "Names of the noise of the `n` rollouts that are made now, seed, split and step, and the number of the first among the rows of the step, all processes'."
     key = ("train" if self.model.training else "eval", self._step_on_record())
     before = self._drawn.get(key, 0)
     self._drawn = {key: before + n * self.accelerator.num_processes}
-    return (self.args.seed, *key, before + n * self.accelerator.process_index)
+    return (self.args.seed, *key), before + n * self.accelerator.process_index
 
 # %% ../nbs/41_trainer.ipynb #83f3d517
 @patch
@@ -132,7 +132,7 @@ def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_field
     colocated, n, clock = self.use_vllm and self.vllm_mode == "colocate", len(prompt_ids), {}
     context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else self.model.config.get_text_config().max_position_embeddings
     tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * n
-    noise, mode = self._noise(n), "train" if self.model.training else "eval"   # asked before the model leaves training mode
+    (noise, first), mode = self._noise(n), "train" if self.model.training else "eval"   # asked before the model leaves training mode
     sample, together = super(TIRTrainer, self)._generate_single_turn, None
     if self.use_vllm and self.accelerator.num_processes > 1: together = gather_object
     if self.engine_name == "trl": engine = trl_engine(sample, num_generations, self.eos_token_ids, together)
@@ -140,7 +140,7 @@ def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_field
     with gathered(self), engine.ready(self.state.global_step):
         self._canary.ask(engine, prompt_ids[0], self.state.global_step)
         self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), sampling_of(self.args),
-                               noise, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock)
+                               noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock)
         if self.engine_name == "trl" and together: keep_up(sample, prompt_ids[0], together)
     for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)
     self._check_failures(num_generations)

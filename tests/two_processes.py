@@ -1,0 +1,13 @@
+"""One step of training, for one process or several: `python two_processes.py FOLDER` or `torchrun --nproc-per-node 2 two_processes.py FOLDER`."""
+
+import os
+import sys
+
+from tirlab.all import TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
+from tirlab.tasks import ENVIRONMENTS
+
+if __name__ == "__main__":
+    n = 16 // int(os.environ.get("WORLD_SIZE", 1))
+    args = TIRConfig(output_dir=sys.argv[1], run_dir=sys.argv[1] + "/run", advantage="gtpo", void_filter="trajectory", max_steps=1, per_device_train_batch_size=n, num_generations=16,
+                     max_completion_length=120, seed=0, save_strategy="no", disable_tqdm=True, report_to="none")
+    TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("all", n=4), environment_factory=ENVIRONMENTS).train()
