@@ -54,7 +54,9 @@ def python_for_nobody():
     test = "import sys; sys.path.insert(0, sys.argv[1]); import tirlab.sandbox; sys.exit(sys.version_info < (3, 11))"
     for python in (sys.executable, shutil.which("python3", path="/usr/bin:/usr/local/bin"), shutil.which("python3.12"), shutil.which("python3.11")):
         try:
-            if python and not subprocess.run([python, "-c", test, str(ROOT)], user="nobody", cwd="/", env={}, capture_output=True, check=False).returncode: return python
+            if not python: continue
+            tried = subprocess.run([python, "-c", test, str(ROOT)], user="nobody", cwd="/", env={}, capture_output=True, check=False)
+            if not tried.returncode: return python
         except OSError: pass
 
 
@@ -104,7 +106,8 @@ def victim():
     (folder / "secret").chmod(0o666)
     tcp, udp, path, abstract, datagram = (socket.socket(f, k) for f, k in [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET, socket.SOCK_DGRAM),
         (socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_DGRAM)])
-    tcp.bind(("127.0.0.1", 0)), udp.bind(("127.0.0.1", 0)), path.bind(f"{folder}/s"), abstract.bind(f"\0tirlab-{os.getpid()}"), datagram.bind(f"{folder}/d")
+    tcp.bind(("127.0.0.1", 0)), udp.bind(("127.0.0.1", 0)), path.bind(f"{folder}/s")
+    abstract.bind(f"\0tirlab-{os.getpid()}"), datagram.bind(f"{folder}/d")
     for s in (tcp, path, abstract): s.listen()
     for s in (tcp, udp, path, abstract, datagram): s.setblocking(False)
     for name in "sd": (folder / name).chmod(0o777)
@@ -118,8 +121,8 @@ def victim():
 def untouched(victim):
     "Nothing about the victim has changed afterwards."
     def look():
-        s = os.stat(victim["secret"])
-        return s.st_mode, s.st_uid, s.st_mtime, s.st_nlink, Path(victim["secret"]).read_text(), sorted(os.listdir(victim["folder"])), os.listxattr(victim["secret"])
+        s, path = os.stat(victim["secret"]), Path(victim["secret"])
+        return s.st_mode, s.st_uid, s.st_mtime, s.st_nlink, path.read_text(), sorted(os.listdir(victim["folder"])), os.listxattr(path)
     before = look()
     yield victim
     assert look() == before
@@ -127,7 +130,8 @@ def untouched(victim):
         with pytest.raises(BlockingIOError): s.recv(1) if s.type == socket.SOCK_DGRAM else s.accept()
 
 
-LIBC = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\ndef call(*args):\n    if libc.syscall(*args) == -1: raise OSError(ctypes.get_errno(), 'refused')\n"
+LIBC = ("import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
+        "def call(*args):\n    if libc.syscall(*args) == -1: raise OSError(ctypes.get_errno(), 'refused')\n")
 ATTACKS = {   # each line of code that gets through without an OSError is one too many
     "read outside": "open({secret!r}).read()",
     "list outside": "os.listdir({folder!r})",
@@ -195,15 +199,18 @@ ATTACKS = {   # each line of code that gets through without an OSError is one to
     "new user namespace": LIBC + "if libc.unshare(0x10000000) == -1: raise OSError",
 }
 NUMBERS = {   # by number on x86-64, as the C library has no function for them, or checks more than the kernel does
-    "io_uring": "425, 8, ctypes.create_string_buffer(256)", "bpf": "321, 0, 0, 0", "keyctl": "250, 0, -3, 0", "userfaultfd": "323, 0", "perf_event_open": "298, 0, 0, -1, -1, 0",
-    "vfork": "58", "clone3": "435, ctypes.create_string_buffer(88), 88", "process_vm_readv": "310, os.getppid(), 0, 0, 0, 0, 0", "execveat": "322, -100, b'/bin/true', 0, 0, 0",
-    "mount": "165, b'none', b'/', 0, 1 << 18, 0", "open_tree": "428, -100, b'/', 1", "pidfd_getfd": "438, 3, 0, 0", "add_key": "248, b'user', b'a', b'b', 1, -3", "mq_open": "240, b'a', 66, 384, 0",
-    "shmget": "29, 0, 4096, 512", "sched_setscheduler": "144, 0, 0, ctypes.create_string_buffer(8)", "x32 getpid": "0x40000000 + 39", "seccomp": "317, 0, 0, 0",
+    "io_uring": "425, 8, ctypes.create_string_buffer(256)", "bpf": "321, 0, 0, 0", "keyctl": "250, 0, -3, 0", "userfaultfd": "323, 0",
+    "perf_event_open": "298, 0, 0, -1, -1, 0", "vfork": "58", "clone3": "435, ctypes.create_string_buffer(88), 88",
+    "process_vm_readv": "310, os.getppid(), 0, 0, 0, 0, 0", "execveat": "322, -100, b'/bin/true', 0, 0, 0",
+    "mount": "165, b'none', b'/', 0, 1 << 18, 0", "open_tree": "428, -100, b'/', 1", "pidfd_getfd": "438, 3, 0, 0",
+    "add_key": "248, b'user', b'a', b'b', 1, -3", "mq_open": "240, b'a', 66, 384, 0", "shmget": "29, 0, 4096, 512",
+    "sched_setscheduler": "144, 0, 0, ctypes.create_string_buffer(8)", "x32 getpid": "0x40000000 + 39", "seccomp": "317, 0, 0, 0",
     "landlock": "444, 0, 0, 1", "kexec": "246, 0, 0, 0, 0", "unknown": "999",
 }
 if X86: ATTACKS |= {name: LIBC + f"call({args})" for name, args in NUMBERS.items()}
 UNDONE = {   # allowed to seem to succeed, and nothing happens
-    "mode": "os.chmod({secret!r}, 0)", "times": "os.utime({secret!r}, (1, 1))", "owner": "os.chown({secret!r}, 65534, 65534)", "mode by descriptor": "os.chmod('/dev/null', 0)",
+    "mode": "os.chmod({secret!r}, 0)", "times": "os.utime({secret!r}, (1, 1))", "owner": "os.chown({secret!r}, 65534, 65534)",
+    "mode by descriptor": "os.chmod('/dev/null', 0)",
 }
 
 
@@ -221,8 +228,8 @@ def test_every_way_out_is_closed(run, untouched):
 
 def test_the_attacks_are_real(hosts, untouched):
     "Some that do no harm, where nothing is locked: all of them get in."
-    for name in ("read outside", "list root", "read passwords", "read the project", "parent's environment", "own memory", "other processes", "does it live", "fork", "exec",
-                 "program in memory", "pidfd", "listen"):
+    for name in ("read outside", "list root", "read passwords", "read the project", "parent's environment", "own memory", "other processes",
+                 "does it live", "fork", "exec", "program in memory", "pidfd", "listen"):
         attack = ATTACKS[name].format(secret=untouched["secret"], host=hosts("me").process.pid)
         assert "held" not in hosts("me")(f"import os\ntry:\n    {attack}\nexcept OSError: print('held')", "process")["stdout"], name
 
@@ -275,22 +282,25 @@ RESOURCES = {
     "loop": ("while True: pass", ["timeout"], dict(seconds=0.3)),
     "loop in C": ("9**9**9", ["timeout"], dict(seconds=0.3)),
     "processor time": ("while True: pass", ["timeout"], dict(seconds=20, cpu_seconds=1)),
-    "ignored signals": ("import signal\nfor s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass", ["timeout"], dict(seconds=0.3)),
+    "ignored signals": ("import signal\nfor s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\n"
+        "while True: pass", ["timeout"], dict(seconds=0.3)),
     "ignored limit": ("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", ["timeout"], dict(seconds=20, cpu_seconds=1)),
     "flood": ("while True: print('spam' * 1000)", ["flood"], {}),
     "flood of errors": ("import os\nwhile True: os.write(2, b'spam' * 1000)", ["flood"], {}),
     "huge file": ("f = open('big', 'wb')\nwhile True: f.write(b'0' * 10**6)", ["error"], {}),
     "full disk": ("import itertools\nfor i in itertools.count(): open(str(i), 'wb').write(b'0' * 10**7)", ["flood"], {}),
-    "full disk without names": ("import os\nkept = []\nwhile True: kept.append(open('x', 'wb', 0)); os.unlink('x'); kept[-1].write(b'0' * 10**7)", ["flood", "error"], dict(disk_mb=32)),
+    "full disk without names": ("import os\nkept = []\n"
+        "while True: kept.append(open('x', 'wb', 0)); os.unlink('x'); kept[-1].write(b'0' * 10**7)", ["flood", "error"], dict(disk_mb=32)),
     "many small files": ("import itertools\nfor i in itertools.count(): open(str(i), 'w').close()", ["flood"], {}),
     "many folders, deep": ("import os\nwhile True: os.mkdir('d' * 100); os.chdir('d' * 100)", ["flood"], {}),
-    "many threads": ("import threading, time\nwhile True:\n    try: threading.stack_size(65536); threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n    except RuntimeError: time.sleep(0.01)",
-                     ["flood"], {}),
+    "many threads": ("import threading, time\nthreading.stack_size(65536)\nwhile True:\n"
+        "    try: threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n    except RuntimeError: time.sleep(0.01)", ["flood"], {}),
     "threads that outlive": ("import threading, time\nthreading.Thread(target=time.sleep, args=(100,)).start()\n1", ["ok"], {}),
     "deep recursion": ("def f(n): return f(n + 1)\nf(0)", ["error"], {}),
     "C stack": ("import itertools\nx = []\nfor _ in range(10**6): x = itertools.chain(x)\nnext(x)", ["crashed"], dict(memory_mb=2000)),
     "C stack, by the parser": ("eval('(' * 10**6)", ["error", "crashed", "memory"], {}),
-    "C stack, by a call": ("import ctypes, sys\nsys.setrecursionlimit(10**9)\nF = ctypes.CFUNCTYPE(None)\ndef f(): g()\ng = F(f)\ng()", ["crashed", "memory", "error"], {}),
+    "C stack, by a call": ("import ctypes, sys\nsys.setrecursionlimit(10**9)\nF = ctypes.CFUNCTYPE(None)\ndef f(): g()\ng = F(f)\n"
+        "g()", ["crashed", "memory", "error"], {}),
     "segmentation fault": ("import ctypes; ctypes.string_at(0)", ["crashed"], {}),
     "abort": ("import os; os.abort()", ["crashed"], {}),
     "kill itself": ("import os; os.kill(os.getpid(), 9)", ["crashed"], {}),
@@ -302,7 +312,8 @@ RESOURCES = {
     "exception that cannot be printed": ("class E(Exception):\n    def __str__(self): raise self\nraise E", ["error"], {}),
     "exception that never prints": ("class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E", ["timeout"], dict(seconds=0.3)),
     "input": ("input()", ["error"], {}),
-    "pickle for the parent": ("import os, pickle\nclass P:\n    def __reduce__(self): return os.mkdir, ('/tmp/tirlab-pickled',)\nos.write(3, pickle.dumps(P())); os.write(1, pickle.dumps(P()))", ["ok"], {}),
+    "pickle for the parent": ("import os, pickle\nclass P:\n    def __reduce__(self): return os.mkdir, ('/tmp/tirlab-pickled',)\n"
+        "os.write(3, pickle.dumps(P())); os.write(1, pickle.dumps(P()))", ["ok"], {}),
     "reports without end": ("import os\nwhile True: os.write(3, b'f' * 60000)", ["timeout"], dict(seconds=0.3)),
     "no streams": ("import os; os.closerange(0, 1000)\nwhile True: pass", ["timeout"], dict(seconds=0.3)),
 }

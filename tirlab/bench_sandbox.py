@@ -87,4 +87,4 @@ def bench_sandbox(
     return dict(level=level, cores=cores, load=round(os.getloadavg()[0], 1), n=n, repeats=repeats, executions=executions,
                 speedup_vs_cold=middle(a / b for a, b in zip(warm, cold)), locked_over_rlimits=middle(b / a for a, b in zip(locked, open_)),
                 print_per_second=middle(locked), sleep_1000_over_ideal=middle(sleep), heavy_per_second=middle(warm), cold_per_second=middle(cold),
-                leaked_processes=left["processes"], leaked_files=left["files"], leaked_fds=left["fds"])
+                **{f"leaked_{k}": float(v) for k, v in left.items()})
