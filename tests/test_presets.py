@@ -1,0 +1,184 @@
+"""Published recipes: each trains, and each does what a hand table says it does."""
+
+import pytest
+import torch
+from test_learning import batch_and_gradient, gradient, trainer
+
+import tirlab.trainer
+from tirlab.cli import main
+from tirlab.config import TIRConfig
+from tirlab.losses import token_weights
+from tirlab.presets import PRESETS, preset, preset_trainer, read_settings, train_config
+from tirlab.traces import open_run
+
+SMALL = dict(max_steps="3", num_generations="4", per_device_train_batch_size="8", steps_per_generation="1", max_completion_length="96", max_turn_length="48", n="8", level="1",
+             learning_rate="1e-4", save_strategy="no", report_to="none")
+
+
+@pytest.fixture(autouse=True)
+def peft_where_it_is_needed(request):
+    if "lora" in request.node.name:
+        pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains(name, tmp_path):
+    "Three steps on the tiny policy, sampled for real: finite weights, three lines in the run folder."
+    t = preset_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path)))
+    t.train()
+    run = open_run(t.run_dir)
+    assert t.state.global_step == 3 and len(run.index()) == 24 and all(p.isfinite().all() for p in t.model.parameters())
+    for key, value in PRESETS[name].sets.items():
+        assert getattr(t.args, key) == value or key in SMALL
+    assert t.args.learning_rate == 1e-4 and t.num_generations == 4
+
+
+# ---- what distinguishes each, by hand. Two groups of four; what they write is SCRIPTS of test_learning: turns (2, 3, 2, 3), members 2 and 3 stumble.
+
+
+def rewards(completions, **kwargs):
+    return [[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0][i % 8] for i in range(len(completions))]
+
+
+def scripted(name, tmp_path, monkeypatch, rewards=rewards, **changes):
+    return trainer(tmp_path, monkeypatch, rewards=rewards, **preset(name, **dict(num_generations=4, steps_per_generation=1, trace=False) | changes))
+
+
+def of_turns(t, inputs, row):
+    "Advantage of each turn of a row."
+    turns = t._batch[row].turn_of_token
+    return [inputs["advantages"][row, turns.index(j)].item() for j in range(len(t._batch[row].turns))]
+
+
+def test_gtpo_gives_turns_their_discounted_return(tmp_path, monkeypatch):
+    t = scripted("gtpo", tmp_path, monkeypatch)
+    inputs, *_ = batch_and_gradient(t)
+    returns = torch.tensor([0.9, 1.0, 0, 0, 0, -0.1, 0, -0.09, -0.1, 0])      # the first group, turn by turn
+    wanted = (returns - returns.mean()) / returns.std()
+    assert of_turns(t, inputs, 0) + of_turns(t, inputs, 1) + of_turns(t, inputs, 2) + of_turns(t, inputs, 3) == pytest.approx(wanted.tolist(), abs=1e-3)
+
+
+def test_mt_grpo_adds_the_advantage_of_a_turn(tmp_path, monkeypatch):
+    t = scripted("mt_grpo", tmp_path, monkeypatch)
+    inputs, *_ = batch_and_gradient(t)
+    assert of_turns(t, inputs, 0) == pytest.approx([1.5 + 0.5, 1.5], abs=5e-3)       # outcomes 1 0 0 0, first turns 0 0 -0.1 0
+    assert of_turns(t, inputs, 2) == pytest.approx([-0.5 - 1.5, -0.5], abs=5e-3)
+
+
+@pytest.mark.parametrize("name,wanted", [
+    ("dr_grpo", [0.75, -0.25, -0.25, -0.25, 0.5, -0.5, -0.5, 0.5]),
+    ("lite_ppo", [x / 0.51755 for x in (0.75, -0.25, -0.25, -0.25, 0.5, -0.5, -0.5, 0.5)]),     # the batch's standard deviation
+    ("rloo", [1, -1 / 3, -1 / 3, -1 / 3, 2 / 3, -2 / 3, -2 / 3, 2 / 3]),
+])
+def test_advantages_of_rollouts(name, wanted, tmp_path, monkeypatch):
+    inputs, *_ = batch_and_gradient(scripted(name, tmp_path, monkeypatch))
+    assert inputs["advantages"].tolist() == pytest.approx(wanted, abs=1e-3)
+
+
+def kept(t):
+    inputs, *_ = batch_and_gradient(t)
+    return (inputs["completion_mask"] * inputs["tool_mask"]).any(1).tolist()
+
+
+def test_simpletir_leaves_void_rollouts_out(tmp_path, monkeypatch):
+    assert kept(scripted("simpletir", tmp_path, monkeypatch)) == [True, True, False, False] * 2
+    hard = lambda completions, **kwargs: [float(i % 4 < 2 and i >= 4) for i in range(len(completions))]      # first group all wrong
+    assert kept(scripted("simpletir", tmp_path / "b", monkeypatch, rewards=hard)) == [False] * 4 + [True, True, False, False]
+
+
+def test_dapo_leaves_equal_groups_out_and_clips_higher(tmp_path, monkeypatch):
+    equal = lambda completions, **kwargs: [float(i % 4 < 2 or i >= 4) for i in range(len(completions))]      # second group all right
+    t = scripted("dapo", tmp_path, monkeypatch, rewards=equal)
+    assert kept(t) == [True] * 4 + [False] * 4 and (t.epsilon_low, t.epsilon_high) == (0.2, 0.28)
+
+
+def test_clip_cov_takes_tokens_out(tmp_path, monkeypatch):
+    given, ours = [], tirlab.trainer.kept_advantages
+    def listen(args, logp, inputs, mask, step):
+        out = ours(args, logp, inputs, mask, step)
+        given.append((inputs["advantages"][:, None] * mask != out * mask).sum().item())
+        return out
+    monkeypatch.setattr(tirlab.trainer, "kept_advantages", listen)
+    batch_and_gradient(scripted("clip_cov", tmp_path, monkeypatch))
+    assert given[-1] == 1       # 2e-4 of a few hundred tokens, at least one
+
+
+def test_kl_cov_holds_back_from_the_second_update_on(tmp_path, monkeypatch):
+    def go(**changes):
+        t = scripted("kl_cov", tmp_path / str(len(changes)), monkeypatch, steps=3, num_iterations=2, **changes)
+        assert t.epsilon_low == t.epsilon_high == 1e6
+        t.train()
+        return torch.cat([p.detach().flatten() for p in t.model.parameters()])
+    assert not torch.equal(go(), go(kl_cov_ratio=0.0))
+
+
+def test_thor_adds_the_likelihood_of_successes(tmp_path, monkeypatch):
+    t = scripted("thor_nll", tmp_path, monkeypatch)
+    inputs, loss, _ = batch_and_gradient(t)
+    t.args.positive_nll_coef = 0.0
+    mask = inputs["completion_mask"] * inputs["tool_mask"]
+    weights = token_weights(mask, "dapo", num_items=inputs["num_items_in_batch"], windows=1, max_completion_length=300)
+    nll = -t._scores[0] * (inputs["advantages"] > 0)[:, None]
+    assert loss - gradient(t, inputs)[0] == pytest.approx(0.1 * (weights * nll).sum().item(), rel=1e-3)
+
+
+def test_tina_trains_lora_adapters_only(tmp_path):
+    t = preset_trainer(SMALL | dict(recipe="tina_lora", output_dir=str(tmp_path)))
+    names = [n for n, p in t.model.named_parameters() if p.requires_grad]
+    assert names and all("lora_" in n for n in names) and len(names) == 2 * 4 * t.model.config.num_hidden_layers
+    assert {p.shape[0] for n, p in t.model.named_parameters() if "lora_A" in n} == {32}
+
+
+def test_tool_rl_box_is_held_to_the_reference(tmp_path, monkeypatch):
+    t = scripted("tool_rl_box", tmp_path, monkeypatch)
+    inputs, *_ = batch_and_gradient(t)
+    assert t.beta == 1e-4 and inputs["ref_per_token_logps"].isfinite().all()
+    assert "ref_per_token_logps" not in batch_and_gradient(scripted("mt_grpo", tmp_path / "b", monkeypatch))[0]
+
+
+# ---- arguments
+
+
+def test_presets_name_arguments_that_exist_and_differ_from_the_defaults():
+    default = TIRConfig()
+    for name, p in PRESETS.items():
+        TIRConfig(**p.sets)
+        assert p.paper and p.inferred and (p.lora or any(getattr(default, k) != v for k, v in p.sets.items())), name
+    with pytest.raises(ValueError, match="Unknown recipe 'ppo'; choose one of gtpo, "):
+        preset("ppo")
+
+
+def test_what_is_typed_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
+    (tmp_path / "a.yaml").write_text("recipe: simpletir\nlearning_rate: 1e-4\naccuracy_band: [0.2, 0.8]\ndelta: null\nlevel: 2\n")
+    given = read_settings([f"config={tmp_path / 'a.yaml'}", "learning_rate=3e-4", "vllm_servers=[http://a:1,http://b:2]"])
+    assert given["recipe"] == "simpletir" and given["level"] == 2
+    args = train_config({k: v for k, v in given.items() if k not in ("recipe", "level")}, **preset("simpletir"))
+    assert (args.learning_rate, args.accuracy_band, args.delta, args.epsilon_high) == (3e-4, [0.2, 0.8], None, 0.28)
+    assert args.vllm_servers == ["http://a:1", "http://b:2"] and args.void_filter == "trajectory"
+
+
+@pytest.mark.parametrize("words,said", [
+    (["recipe=ppo"], "Unknown recipe 'ppo'"),
+    (["gama=1"], "Unknown argument 'gama'; the nearest is gamma."),
+    (["task=all"], "Unknown argument 'task'; the nearest is tasks."),
+    (["gamma"], "'gamma' is not key=value."),
+    (["gamma=much"], "gamma: invalid float value: 'much'"),
+    (["gamma=2"], "gamma=2.0 is not between 0 and 1."),
+    (["n=few"], "n='few' is not a whole number from 1 to 100000."),
+    (["level=99"], "level='99' is not a whole number from 1 to 10."),
+    (["tasks=chess"], "Unknown task family 'chess'"),
+    (["config=/nowhere.yaml"], "No such file"),
+])
+def test_what_is_wrong_is_said_in_one_line(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("tirlab: ") and said in err and len(err.splitlines()) == 1
+
+
+def test_train_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "recipe=gtpo", "tasks=all", *(f"{k}={v}" for k, v in (SMALL | dict(max_steps="1")).items())]) == 0
+    out = capsys.readouterr().out
+    folder = next(line for line in out.splitlines() if line.startswith("Run folder: ")).removeprefix("Run folder: ")
+    assert open_run(folder).meta()["config"]["advantage"] == "gtpo" and folder.startswith("runs")
