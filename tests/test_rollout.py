@@ -427,3 +427,75 @@ def test_processes_that_sample_together_stay_in_step():
     [t.start() for t in threads]
     [t.join(30) for t in threads]
     assert not any(t.is_alive() for t in threads) and calls == [5, 5]
+
+
+# ---- found in review, kept found
+
+
+def leaves(code: str) -> str:
+    """
+    Leave.
+
+    Args:
+        code: Anything.
+    """
+    raise SystemExit(2)
+
+
+async def cancels(code: str) -> str:
+    """
+    Cancel itself.
+
+    Args:
+        code: Anything.
+    """
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("tool,said", [(leaves, "2"), (cancels, "cancelled")])
+def test_a_tool_that_exits_ends_itself_alone(tool, said):
+    from tirlab.calls import run_call
+    async def go():
+        return await asyncio.wait_for(run_call(ToolCall(tool.__name__, {"code": "1"}), {tool.__name__: tool}, RolloutLimits(), asyncio.Semaphore(2)), 20)
+    assert asyncio.run(go()).content == str({"error": said})
+
+
+def test_without_tools_a_failed_row_is_no_token_to_learn(tmp_path):
+    args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), **SMALL)
+    t = TIRTrainer(tiny_policy(), [answer_reward], args, make_tasks("arithmetic", n=8))
+    lost = {noise_seed(args.seed, "train", 1, row, 0) for row in (2, 5)}
+    t._sampler = breaks(t.model, lambda ids, sampling: sampling.seed in lost)
+    t.train()
+    assert (open_run(t.run_dir).index().stop == "failed").sum() == 2
+
+
+def test_every_train_takes_the_weights_anew(tmp_path):
+    "Steps are counted from 0 in every `train`; an engine that renews its weights by version must not be fooled."
+    t = trainer(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_policy())
+    class Copy(GenerateEngine):
+        version = None
+        def ready(self, version=0):
+            if version != self.version:
+                self.version = version
+                theirs.load_state_dict(t.model.state_dict())
+            return super().ready(version)
+    t._sampler, t._canary.needed, t.args.sync_tolerance = Copy(theirs, TOK), True, 1e-4
+    t.train()
+    t.train()
+    with torch.no_grad():
+        t.model.model.norm.weight *= 0.9
+    t.train()
+    t.args.sync_tolerance = None
+
+
+def test_turn_budgets_hold_with_trls_sampler(tmp_path):
+    t = trainer(tmp_path, engine="trl", max_turn_length=5)
+    t.train()
+    assert max(len(turn.ids) for x in t._batch for turn in x.turns) == 5
+
+
+def test_filters_that_could_not_work_are_refused():
+    for options, word in ((dict(void_filter="high_ratio", filter_threshold=2.0), "high_ratio"), (dict(void_filter="low_prob", filter_threshold=0.01, engine="trl"), "low_prob")):
+        with pytest.raises(ValueError, match=word):
+            TIRConfig(**options)

@@ -38,7 +38,7 @@ def test_overridden_methods_take_what_they_took(name):
 
 def test_every_override_is_listed():
     theirs = {n for n, f in inspect.getmembers(GRPOTrainer, inspect.isfunction) if n in vars(TIRTrainer)}
-    assert theirs == {*SEAMS, "__init__", "train", "evaluate", "_get_per_token_logps_and_entropies"}
+    assert theirs == {*SEAMS, "__init__", "train", "evaluate", "_get_per_token_logps_and_entropies", "_load_best_model"}
 
 
 @pytest.mark.parametrize("attribute", READ)

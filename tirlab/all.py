@@ -12,6 +12,7 @@ from tirlab.executions import Execution as Execution, Limits as Limits, SandboxF
 from tirlab.formats import *
 from tirlab.interpreters import Interpreter as Interpreter
 from tirlab.remote import least_loaded as least_loaded, ray_nodes as ray_nodes, remote as remote
+from tirlab.presets import PRESETS as PRESETS, preset as preset
 from tirlab.rewards import *
 from tirlab.rollout import *
 from tirlab.shaping import *

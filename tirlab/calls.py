@@ -51,8 +51,10 @@ async def in_thread(
     loop = asyncio.get_running_loop()
     future = loop.create_future()
     def work():
-        result = make()
-        with suppress(RuntimeError): loop.call_soon_threadsafe(lambda: future.done() or future.set_result(result))   # the loop may be gone
+        try: result, problem = make(), None
+        except BaseException as e: result, problem = None, RuntimeError(f"the tool's thread ended: {type(e).__name__}: {e}")   # nobody may wait for ever
+        settle = lambda: future.done() or (future.set_exception(problem) if problem else future.set_result(result))
+        with suppress(RuntimeError): loop.call_soon_threadsafe(settle)   # the loop may be gone
     async with slots:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -72,7 +74,7 @@ def _words(make):
     "What a function returns as text, or what it raised: (text, None) or (None, message); a fault of the sandbox as it is."
     try: return str(make()), None
     except SandboxFault as e: return None, e
-    except Exception as e: return None, _problem(e)
+    except (Exception, SystemExit, GeneratorExit, asyncio.CancelledError) as e: return None, _problem(e) or type(e).__name__   # a tool that exits ends itself alone
 
 # %% ../nbs/10c_calls.ipynb #16a73bba
 def told(
@@ -112,7 +114,10 @@ async def _await(tool, arguments, loop):
     async def go():
         try: return str(await tool(**arguments)), None
         except SandboxFault as e: return None, e
-        except Exception as e: return None, _problem(e)
+        except asyncio.CancelledError as e:
+            if asyncio.current_task().cancelling(): raise   # ours: a timeout or an interruption
+            return None, _problem(e) or "cancelled"
+        except (Exception, SystemExit) as e: return None, _problem(e) or type(e).__name__
     return await (asyncio.wrap_future(asyncio.run_coroutine_threadsafe(go(), loop)) if loop else go())
 
 async def run_calls(

@@ -35,7 +35,7 @@ class SignalConfig(GRPOConfig):
     void_filter: str = field(default="none", metadata={"help": "What is left out of the loss: rollouts with a void turn ('trajectory', SimpleTIR), what comes from it on ('suffix'), rollouts with improbable tokens "
         "('low_prob') or high importance ratios ('high_ratio'), 'stop_only' or 'none' nothing."})
     filter_threshold: float | None = field(default=None, metadata={"help": "Smallest probability ('low_prob') or largest ratio ('high_ratio')."})
-    void_in_baseline: bool = field(default=True, metadata={"help": "Whether rollouts with a void turn count in their group's mean and spread."})
+    void_in_baseline: bool = field(default=True, metadata={"help": "Whether rollouts that void_filter='trajectory' leaves out count in their group's mean and spread."})
     min_reward_std: float | None = field(default=None, metadata={"help": "Groups whose rewards vary less are left out of the loss, e.g. 0.001; None keeps them."})
     accuracy_band: list[float] | None = field(default=None, metadata={"help": "Smallest and largest mean reward of a group that is learnt from, e.g. [0.1, 0.9]; None for any."})
     min_valid: int | None = field(default=None, metadata={"help": "Fewest rollouts of a group that are scored and not cut off; smaller groups are left out."})
@@ -83,6 +83,7 @@ class TIRConfig(SignalConfig):
         if self.engine == "vllm": self.use_vllm, self.vllm_mode = True, "colocate"
         _check_values(self)
         super().__post_init__()
+        _check_filter(self)
 
 # %% ../nbs/40_config.ipynb #3a394bb8
 def engine_of(
@@ -116,12 +117,23 @@ def _check_values(args):
             if getattr(args, name, None): raise ValueError(f"{name}={getattr(args, name)!r} is for TRL's own sampler; use it with engine='trl' (continuous batching here is engine='continuous').")
     if args.void_filter in ("low_prob", "high_ratio") and not (args.filter_threshold or 0) > 0: raise ValueError(f"void_filter={args.void_filter!r} needs a filter_threshold above 0.")
     if args.accuracy_band and not (len(args.accuracy_band) == 2 and args.accuracy_band[0] <= args.accuracy_band[1]): raise ValueError(f"accuracy_band={args.accuracy_band} is not a smallest and a largest mean reward.")
-    if args.advantage == "grpo": return
+    if args.advantage == "grpo" and args.void_in_baseline and not args.code_shaping: return   # TRL's own
     clashes = {"multi_objective_aggregation": args.multi_objective_aggregation != "sum_then_normalize"}
     if args.advantage != "gtpo": clashes["scale_rewards"] = args.scale_rewards not in ("group", True)   # these say themselves what they divide by
     if args.advantage in BY_TURN: clashes |= {"loss_type": args.loss_type == "vespo", "off_policy_mask_threshold": args.off_policy_mask_threshold is not None}
     for name, clash in clashes.items():
         if clash: raise ValueError(f"{name}={getattr(args, name)!r} has no meaning beside advantage={args.advantage!r}; leave it at its default or use advantage='grpo'.")
+
+# %% ../nbs/40_config.ipynb #0442c133
+def _check_filter(args):
+    "Raise ValueError where a filter would look at log-probabilities that these arguments never compute."
+    engine = engine_of(args)[0]
+    corrected = args.use_vllm and args.vllm_importance_sampling_correction
+    before = corrected or args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0   # as TRL decides it
+    if args.void_filter == "high_ratio" and (not before or engine == "trl" and not args.use_vllm):
+        raise ValueError("void_filter='high_ratio' compares the sampler's log-probabilities with the trainer's before the step, which these arguments never compute; use vLLM with vllm_importance_sampling_correction.")
+    if args.void_filter == "low_prob" and engine == "trl" and not (args.use_vllm or before):
+        raise ValueError("void_filter='low_prob' needs the sampler's log-probabilities, which TRL's transformers sampler does not give; choose engine='generate'.")
 
 # %% ../nbs/40_config.ipynb #4a309397
 def rollout_limits(

@@ -137,7 +137,7 @@ def generate(
     config = GenerationConfig(max_new_tokens=max(s.max_new_tokens for s in samplings), pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, do_sample=False,
                               repetition_penalty=one.repetition_penalty, stop_strings=list(one.stop) or None, disable_compile=True)
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([*processors(one), draw]),
-                         tokenizer=tokenizer if one.stop else None)
+                         tokenizer=tokenizer if one.stop else None, synced_gpus=False)   # processes make different numbers of calls
     rows = zip(out[:, ids.shape[1]:].tolist(), torch.stack(draw.logprobs, 1).tolist(), samplings)
     return [Sampled(i[:n], p[:n], stop) for i, p, s in rows for n, stop in [cut(i, ends, tokenizer, s)]]
 
@@ -175,6 +175,8 @@ class BatchEngine:
             while self._waiting:
                 seen = 0
                 while seen < len(self._waiting): seen = len(self._waiting); await asyncio.sleep(0.002 if self._pool else 0)
+                self._waiting = [w for w in self._waiting if not w[2].done()]   # whoever was cancelled waits no more
+                if not self._waiting: break
                 kind = _kind(self._waiting[0][1])
                 batch = [w for w in self._waiting if _kind(w[1]) == kind]
                 self._waiting = [w for w in self._waiting if _kind(w[1]) != kind]
@@ -193,7 +195,7 @@ class BatchEngine:
         try:
             turns = await loop.run_in_executor(self._pool, self._turns, prompts, samplings) if self._pool else self._turns(prompts, samplings)
         except Exception as e:   # whatever it is, nobody may wait for ever
-            problem = EngineError(f"The engine failed: {type(e).__name__}: {e}") if isinstance(e, RuntimeError) else e   # others are mistakes
+            problem = EngineError(f"The engine failed: {type(e).__name__}: {e}") if isinstance(e, (RuntimeError, OSError)) or type(e) is Exception else e   # others are mistakes
             for f in futures: f.done() or f.set_exception(problem)
             return
         for future, turn in zip(futures, turns): future.done() or future.set_result(turn)

@@ -23,13 +23,13 @@ from .trajectory import Trajectory
 
 # %% ../nbs/43_evaluate.ipynb #8741ec22
 def _prepare(row, environment_factory, tools, tokenizer, ends, call_format):
-    "Prompt tokens, tools and format of one dataset row."
+    "Prompt tokens, tools, format and environment of one dataset row."
     many = isinstance(environment_factory, dict)
     factory = environment_factory[row["environment"]] if many else environment_factory
     environment = factory() if factory else None
     named = environment_tools(environment, tools)
     format = make_format(call_format, tokenizer, list(named.values()), end_tokens=ends)
-    return open_task({k: v for k, v in row.items() if not (many and k == "environment")}, environment, format)[0], named, format
+    return open_task({k: v for k, v in row.items() if not (many and k == "environment")}, environment, format)[0], named, format, environment
 
 # %% ../nbs/43_evaluate.ipynb #1a8e9e5b
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Evaluation:
     @property
     def success(self) -> float:
         "Share of rows with a reward of at least 1."
-        return sum(r is not None and r >= 1 for r in self.rewards) / len(self.rewards)
+        return sum(r is not None and r >= 1 for r in self.rewards) / max(len(self.rewards), 1)
 
 # %% ../nbs/43_evaluate.ipynb #2a7e61a9
 def evaluate(
@@ -64,8 +64,8 @@ def evaluate(
     with engine.ready():
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            prompts, named, formats = zip(*(_prepare(r, environment_factory, tools, tokenizer, ends, call_format) for r in rows))
-            done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate"), start, schedule)
+            prompts, named, formats, owned = zip(*(_prepare(r, environment_factory, tools, tokenizer, ends, call_format) for r in rows))
+            done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate"), start, schedule, owned=owned)
     columns = {c: [row[c] for row in dataset] for c in dataset.column_names if c not in ("prompt", "completion", "completion_ids")}
     return Evaluation(done, reward(prompts=[row["prompt"] for row in dataset], completions=[t.messages for t in done],
                                    completion_ids=[t.completion_ids for t in done], **columns))

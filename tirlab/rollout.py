@@ -8,7 +8,7 @@ __all__ = ['fit', 'open_task', 'rollout', 'Turnstile', 'Busy', 'rollout_metrics'
 # %% ../nbs/11_rollout.ipynb #4ebb3e15
 import asyncio, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -86,12 +86,10 @@ def open_task(
 
 # %% ../nbs/11_rollout.ipynb #e8232883
 @contextmanager
-def _closing(tools):
-    "When a rollout ends, so does what its environments have left running: those that own one of the tools and have a `_close`."
+def _closing(environment):
+    "When a rollout ends, so does what its environment has left running, if it has a `_close`."
     try: yield
-    finally:
-        owners = {id(o): o for t in tools.values() if hasattr(o := getattr(t, "__self__", None), "_close")}
-        for owner in owners.values(): owner._close()
+    finally: getattr(environment, "_close", lambda: None)()
 
 # %% ../nbs/11_rollout.ipynb #423efa34
 async def rollout(
@@ -111,7 +109,7 @@ async def rollout(
     ids, turns, rounds = list(prompt), [], 0
     done = lambda stop, *last: Trajectory(prompt, turns + list(last), stop)
     sampling = replace(sampling, stop=format.stop_strings if limits.first_call_only else sampling.stop)
-    with _closing(tools):
+    with _closing(environment):
         while True:
             room, start = limits.completion_tokens - (len(ids) - len(prompt)), time.perf_counter()
             if len(ids) >= limits.context_tokens: return done(StopReason.CONTEXT)
@@ -214,7 +212,17 @@ def run_async(
     "Run a coroutine to its end, also from inside a running event loop."
     try: asyncio.get_running_loop()
     except RuntimeError: return asyncio.run(make())
-    with ThreadPoolExecutor(1) as pool: return pool.submit(lambda: asyncio.run(make())).result()
+    started = []
+    async def go():
+        started.append((asyncio.get_running_loop(), asyncio.current_task()))
+        return await make()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lambda: asyncio.run(go()))
+        try: return future.result()
+        except BaseException:   # an interruption, mostly
+            for loop, task in started:
+                with suppress(RuntimeError): loop.call_soon_threadsafe(task.cancel)
+            raise
 
 # %% ../nbs/11_rollout.ipynb #2be4d2ea
 def rollouts(
@@ -230,6 +238,7 @@ def rollouts(
     workers: int = 32,                # tools running at once; 1 runs them one after another in this thread, as TRL does
     loop: asyncio.AbstractEventLoop | None = None,   # event loop of coroutine tools
     clock: dict | None = None,        # takes up "generation_seconds" and "tool_seconds": wall time in which engine and tools worked
+    owned: list | None = None,        # N: environments behind dicts of tools, whose `_close` is called when their rollout ends
 ) -> list[Trajectory]:                # N, in order
     "Roll all tasks out together. Raises: ValueError for an unknown schedule; RuntimeError where too many tools never come back."
     if schedule not in ("turn", "eager"): raise ValueError(f"schedule={schedule!r} is unknown; choose 'turn' or 'eager'.")
@@ -237,7 +246,8 @@ def rollouts(
     bar = tqdm(total=len(tasks), desc="rollouts", unit="rollout", leave=False, delay=2, disable=not sys.stderr.isatty())
     async def one(engine, gate, slots, i):
         noise = None if seed is None else (*seed, first + i)
-        done = await rollout(tasks[i], gate.seat(i) if gate else engine, environments[i], formats[i], limits, sampling, noise, slots, loop, using)
+        with _closing(owned[i] if owned else None):
+            done = await rollout(tasks[i], gate.seat(i) if gate else engine, environments[i], formats[i], limits, sampling, noise, slots, loop, using)
         if gate: gate.leave()   # not after an error: then all stop, and nothing more is sampled for them
         bar.update()
         return done

@@ -31,7 +31,8 @@ def trl_engine(
     def turns(prompts, samplings):
         if gather: gather([True])
         ids, logprobs = sample(prompts, None, {}, first.pop() if first else 1)
-        return [Sampled(i, p, "end" if i and i[-1] in ends else "length") for i, p in zip(ids, logprobs or [None] * len(ids))]
+        kept = [(i[:s.max_new_tokens], p and p[:s.max_new_tokens], len(i) <= s.max_new_tokens) for i, p, s in zip(ids, logprobs or [None] * len(ids), samplings)]
+        return [Sampled(i, p, "end" if whole and i and i[-1] in ends else "length") for i, p, whole in kept]
     return BatchEngine(turns, thread=False)
 
 # %% ../nbs/40a_sampler.ipynb #509d689e
@@ -49,6 +50,8 @@ def make_engine(
 ) -> Any:           # an engine
     "The engine that the trainer's arguments ask for."
     name, policy = trainer.engine_name, trainer.accelerator.unwrap_model(trainer.model)
+    if name in ("generate", "continuous") and trainer.accelerator.num_processes > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled and not trainer.args.ds3_gather_for_generation):
+        raise ValueError("Where each process holds a part of the policy all of them must sample together, and transformers' engines do not; use use_vllm=True, or ds3_gather_for_generation=True with DeepSpeed.")
     if name == "generate": return GenerateEngine(policy, trainer._tokenizer, thread=trainer.schedule == "eager")
     if name == "continuous":
         from tirlab.continuous import ContinuousEngine
@@ -108,6 +111,7 @@ class Canary:
         "Sample a few tokens, if this version has not been checked yet."
         if not self.needed or version == self._version: return
         start, sampling = time.perf_counter(), Sampling(16, self.args.temperature, seed=noise_seed(self.args.seed, "canary"))
+        prompt = prompt[-64:]   # any will do
         sampled = run_async(lambda: engine.generate(prompt, sampling))
         self._version, self._asked = version, (prompt, sampled, time.perf_counter() - start)
 

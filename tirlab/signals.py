@@ -41,7 +41,7 @@ def estimate(
     "Rewards and advantages by turn under these arguments."
     if args.code_shaping: outcome = shaped_outcomes(outcome, code, group_size, alpha=args.code_shaping)
     rewards = turn_rewards(per_turn, outcome)
-    counted = baseline_rewards(rewards, void, args.void_in_baseline or args.void_filter not in ("trajectory", "suffix"))
+    counted = baseline_rewards(rewards, void, args.void_in_baseline or args.void_filter != "trajectory")
     scale = {True: "group", False: "none"}.get(args.scale_rewards, args.scale_rewards)
     options = {"gtpo": dict(gamma=args.gamma, normalisation=args.normalisation, scale_rewards=scale), "turn_rloo": dict(gamma=args.gamma)}
     return rewards, ESTIMATORS[args.advantage](counted, group_size, **options.get(args.advantage, {}))
@@ -78,8 +78,8 @@ def keep_tokens(
     "What stays in the loss under these arguments, and why the rest does not."
     keep, reasons = filter_tokens(args.void_filter, trajectories, mask, has_answer(args.answer_pattern), logps, ratios, args.filter_threshold)
     if args.mask_truncated_completions: keep, reasons = drop_rows(keep, reasons, ["cut off" if o else None for o in overlong(trajectories)])
-    keep, reasons = drop_rows(keep, reasons, groups)
-    return keep, [r or (t.error if not t.turns else None) for r, t in zip(reasons, trajectories)]
+    keep, reasons = drop_rows(keep, reasons, [None if t.turns else t.error or "nothing sampled" for t in trajectories])
+    return drop_rows(keep, reasons, groups)
 
 # %% ../nbs/40b_signals.ipynb #561e0a7e
 def kept_advantages(

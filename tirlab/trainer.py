@@ -54,10 +54,11 @@ class SkipEmptySteps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         signal, self.trainer._signal = self.trainer._signal, False
-        if any(gather_object([signal])): return
-        self.trainer._metrics["train"]["skipped_steps"].append(1.0)
-        for p in self.trainer.model.parameters():
-            if p.grad is not None and not p.grad.any(): p.grad = None
+        params = [p for p in self.trainer.model.parameters() if p.grad is not None]
+        empty = not any(gather_object([signal or any(p.grad.any().item() for p in params)]))
+        self.trainer._metrics["train"]["skipped_steps"].append(float(empty))
+        if empty and not (args.fp16 and not args.max_grad_norm):   # there the scaler would miss its gradients
+            for p in params: p.grad = None
 
 class TIRTrainer(GRPOTrainer):
     "GRPOTrainer for multi-turn tool use. Raises: ValueError, in one sentence, for arguments, columns or tools that cannot work."
@@ -95,7 +96,7 @@ class TIRTrainer(GRPOTrainer):
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
-        self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal = None, {}, False, None, None, False
+        self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
         if args.skip_empty_steps: self.add_callback(SkipEmptySteps(self))
         copies = self.use_vllm or self.engine_name == "continuous"   # with TRL's sampler in several processes nobody can ask alone
@@ -130,17 +131,18 @@ def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_field
     "Whole rollouts in answer to TRL's request for first turns; the rest is handed over in `_tool_call_loop`."
     if images or multimodal_fields: raise ValueError("TIRTrainer is for text; use TRL's GRPOTrainer for prompts with images.")
     colocated, n, clock = self.use_vllm and self.vllm_mode == "colocate", len(prompt_ids), {}
-    context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else self.model.config.get_text_config().max_position_embeddings
+    context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
     tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * n
     (noise, first), mode = self._noise(n), "train" if self.model.training else "eval"   # asked before the model leaves training mode
     sample, together = super(TIRTrainer, self)._generate_single_turn, None
     if self.use_vllm and self.accelerator.num_processes > 1: together = gather_object
     if self.engine_name == "trl": engine = trl_engine(sample, num_generations, self.eos_token_ids, together)
     else: engine = self._sampler = self._sampler or make_engine(self)
-    with gathered(self), engine.ready(self.state.global_step):
-        self._canary.ask(engine, prompt_ids[0], self.state.global_step)
+    version = self._round * 10**9 + self.state.global_step   # steps are counted from 0 in every `train`
+    with gathered(self), engine.ready(version):
+        self._canary.ask(engine, min(prompt_ids, key=len), version)
         self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), sampling_of(self.args),
-                               noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock)
+                               noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock, self.environments)
         if self.engine_name == "trl" and together: keep_up(sample, prompt_ids[0], together)
     for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)
     self._check_failures(num_generations)
@@ -228,6 +230,10 @@ def _token_advantages(self: TIRTrainer, by_turn, width):
 def _generate_and_score_completions(self: TIRTrainer, inputs):
     "TRL's batch, with the credit and without the tokens that the arguments say, and a number a row by which the loss finds its record."
     output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
+    failed = torch.tensor([not t.turns for t in self._batch], device=output["completion_mask"].device)
+    if "tool_mask" not in output and any(gather_object([failed.any().item()])):   # a placeholder is no token to learn; with tools its mask is 0 already
+        output["tool_mask"] = filtered_mask(output["completion_mask"], None, ~failed[:, None])
+        output["num_items_in_batch"] = self.accelerator.gather(loss_tokens(output["completion_mask"], output["tool_mask"])).sum()
     self._check_first_batch(output)
     self._log_removed(output)
     width, turns = output["completion_ids"].shape[1], max(len(t.turns) for t in self._batch)
@@ -260,7 +266,7 @@ def _leave_out(self: TIRTrainer, output, groups):
     keep, reasons = keep_tokens(self.args, self._batch, mask, groups, logps if logps is not None else old, ratios)
     mode = self._metrics["train"]
     mode["filter/dropped_rollouts"].append(sum(gather_object([not row.any().item() for row in keep])))
-    if not any(reasons): return reasons
+    if not any(gather_object(reasons)): return reasons   # all processes or none: what follows is collective
     output["tool_mask"] = filtered_mask(output["completion_mask"], output.get("tool_mask"), keep)
     output["num_items_in_batch"] = self.accelerator.gather(loss_tokens(output["completion_mask"], output["tool_mask"])).sum()
     return reasons
@@ -313,7 +319,7 @@ def _get_per_token_logps_and_entropies(self: TIRTrainer, *args, **kwargs):
     "TRL's, keeping the last result that has entropies: the one of the loss, which reads its advantages only afterwards."
     out = super(TIRTrainer, self)._get_per_token_logps_and_entropies(*args, **kwargs)
     if out[1] is not None: self._scores = out[0].detach(), out[1].detach()
-    if out[1] is not None and self._in_loss is not None:
+    if out[1] is not None and self._in_loss is not None and self.model.training:
         inputs, mask, self._logp = *self._in_loss, out[0]
         inputs["advantages"] = kept_advantages(self.args, out[0], inputs, mask, self.state.global_step)
     return out
@@ -334,11 +340,11 @@ def _compute_loss(self: TIRTrainer, model, inputs):
 
 @patch
 def _extra_loss(self: TIRTrainer, inputs, mask):
-    "KL-Cov and the likelihood of successes, weighed as TRL weighs its policy loss."
-    n, training = self.accelerator.num_processes, self.model.training
-    accumulation = self.current_gradient_accumulation_steps if training else 1
+    "KL-Cov and the likelihood of successes, weighed as TRL weighs its policy loss; nothing in evaluation."
+    if not self.model.training: return 0.0
+    accumulation = self.current_gradient_accumulation_steps
     return extra_loss(self.args, self._logp, inputs, mask, num_items=inputs.get("num_items_in_batch"), accumulation=accumulation,
-                      windows=n * self.args.steps_per_generation / accumulation if training else n)
+                      windows=self.accelerator.num_processes * self.args.steps_per_generation / accumulation)
 
 # %% ../nbs/41_trainer.ipynb #5b73cd78
 @patch
@@ -380,7 +386,7 @@ def _open_run(self: TIRTrainer, resume):
 # %% ../nbs/41_trainer.ipynb #39aed576
 @patch
 @contextmanager
-def _recording(self: TIRTrainer, resume=False):
+def _recording(self: TIRTrainer, resume=False, training=False):
     "Record what happens inside, unless something outside records already."
     if self._recorder or not self.args.trace: yield; return
     self._open_run(resume)
@@ -390,16 +396,32 @@ def _recording(self: TIRTrainer, resume=False):
     except BaseException as e: status, error = "failed", f"{type(e).__name__}: {e}".splitlines()[0]; raise
     finally:
         recorder, self._recorder = self._recorder, None
+        if training: self._ended = status
+        elif status == "finished": status = self._ended or status   # an evaluation does not mend a run that failed
         recorder.close(status, error, *[gather_object] * (status == "finished"))   # a process that failed must not wait for the others
 
 @patch
 def train(self: TIRTrainer, resume_from_checkpoint=None, **kwargs):
     "TRL's, recorded in the run folder."
     resume = bool(resume_from_checkpoint)
+    self._checked = False
+    self._renew()
     if self.state.global_step and self.run_dir and not resume: self.run_dir, self._rows_of_step = broadcast_object_list([_free(self.run_dir)])[0], None
-    with self._recording(resume): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    with self._recording(resume, training=True): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 @patch
 def evaluate(self: TIRTrainer, *args, **kwargs):
     "TRL's, recorded in the run folder."
+    if not self.is_in_train: self._renew()
     with self._recording(): return super(TIRTrainer, self).evaluate(*args, **kwargs)
+
+@patch
+def _renew(self: TIRTrainer):
+    "Weights may have changed without a step: engines must take them anew."
+    self._round, self._last_loaded_step = self._round + 1, -1
+
+@patch
+def _load_best_model(self: TIRTrainer):
+    "TRL's; engines take the weights anew."
+    super(TIRTrainer, self)._load_best_model()
+    self._renew()
