@@ -115,7 +115,7 @@ def sandbox(
     return 0
 
 # %% ../nbs/51_cli.ipynb #86c6fd47
-BENCHES = ("rollout", "engines", "sandbox")
+BENCHES = ("rollout", "advantage", "engines", "sandbox")
 
 def bench(
     args: argparse.Namespace,   # name, json, and what the benchmark takes
