@@ -226,8 +226,13 @@ def test_interrupting_the_demo_leaves_a_run_that_opens(tmp_path):
         if (run / "index.jsonl").exists() or process.poll() is not None:
             break
         time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    for _ in range(4):      # an interrupt that lands in a callback of the interpreter's own is swallowed there, by Python; a person presses again
+        os.kill(process.pid, signal.SIGINT)
+        try:
+            out, err = process.communicate(timeout=20)
+            break
+        except subprocess.TimeoutExpired:
+            continue
     assert process.returncode == 130 and "Traceback" not in err and err.strip().splitlines()[-1].startswith("tirlab: ")
     opened = open_run(run)
     assert opened.status() == "interrupted" and len(opened.index()) >= 64
