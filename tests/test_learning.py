@@ -7,9 +7,8 @@ import torch
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
-from tirlab.advantages import ESTIMATORS
+from tirlab.advantages import BY_TURN, ESTIMATORS
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
-from tirlab.config import BY_TURN
 from tirlab.filters import has_answer, void_turns
 from tirlab.losses import token_weights
 

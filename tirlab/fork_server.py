@@ -14,7 +14,7 @@ from dataclasses import dataclass
 # %% ../nbs/02a_fork_server.ipynb #e3bcf188
 from tirlab.child import _PLACES, converse, evaluate, reseed, run_once
 from tirlab.locks import (_LIBC, Filter, address_space, apply_landlock, apply_limits, apply_seccomp, drop_capabilities, enter_namespaces,
-                          landlock_rules, landlock_ruleset, library_paths, make_filter, seccomp_filter)
+                          landlock_rules, landlock_ruleset, readable_paths, make_filter, seccomp_filter)
 
 # %% ../nbs/02a_fork_server.ipynb #a5a577e9
 PROFILES = {"bare": (), "numpy": ("numpy", "numpy.random"), "sympy": ("numpy", "numpy.random", "sympy")}   # name -> modules
@@ -312,7 +312,7 @@ def prepare(
     sys.argv.clear()
     if (ours := os.environ.pop("PYTHONPATH", None)) in sys.path: sys.path.remove(ours)   # where this module came from
     preload(profile)
-    _PLACES.update({path + "/": "" for path in library_paths() if "python" in path})
+    _PLACES.update({path + "/": "" for path in readable_paths() if "python" in path})
     sys.stdin = open(0, closefd=False)
     sys.stdout, sys.stderr = (open(fd, "w", 1, "utf-8", "backslashreplace", closefd=False) for fd in (1, 2))
     _LIBC.prctl(SUBREAPER, 1, 0, 0, 0), _LIBC.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/40b_signals.ipynb #6d85cba6
-from .advantages import ESTIMATORS
-from .config import BY_TURN, TIRConfig
+from .advantages import BY_TURN, ESTIMATORS
+from .config import TIRConfig
 from .filters import baseline_rewards, drop_rows, filter_tokens, group_verdicts, has_answer, overlong, void_turns
 from .losses import clip_cov_mask, kl_cov_terms, positive_nll_terms, ppo_clipped, token_weights
 from .rewards import format_rewards, turn_rewards

@@ -20,8 +20,8 @@ from trl.data_utils import is_conversational
 
 # %% ../nbs/41_trainer.ipynb #84a219db
 import tirlab
-from .advantages import spread_to_tokens
-from .config import BY_TURN, TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
+from .advantages import BY_TURN, spread_to_tokens
+from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
 from .drift import assert_masks
 from .engines import EngineError
 from .environments import check_tool
@@ -29,7 +29,7 @@ from .filters import filtered_mask, loss_tokens, overlong
 from .formats import make_format
 from .recorder import Recorder
 from .rollout import rollout_metrics, rollouts
-from .sampler import Canary, calls_as_text, gathered, keep_up, make_engine, sampling_of, trl_engine
+from .sampler import calls_as_text, gathered, keep_up, make_canary, make_engine, sampling_of, trl_engine
 from .sandbox import sandbox_level
 from .shaping import written_code
 from .signals import estimate, extra_loss, group_reasons, is_void, keep_tokens, kept_advantages, own_rewards
@@ -99,9 +99,7 @@ class TIRTrainer(GRPOTrainer):
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
         if args.skip_empty_steps: self.add_callback(SkipEmptySteps(self))
-        copies = self.use_vllm or self.engine_name == "continuous"   # with TRL's sampler in several processes nobody can ask alone
-        theirs = self.vllm_generation.llm.llm_engine.model_config.dtype if args.use_vllm and args.vllm_mode == "colocate" else None if args.use_vllm else torch.float32
-        self._canary = Canary(args, copies and not (self.engine_name == "trl" and self.accelerator.num_processes > 1), theirs == torch.float32)
+        self._canary = make_canary(self)
 
 # %% ../nbs/41_trainer.ipynb #85938e9b
 @patch
@@ -232,8 +230,7 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
     failed = torch.tensor([not t.turns for t in self._batch], device=output["completion_mask"].device)
     if "tool_mask" not in output and any(gather_object([failed.any().item()])):   # a placeholder is no token to learn; with tools its mask is 0 already
-        output["tool_mask"] = filtered_mask(output["completion_mask"], None, ~failed[:, None])
-        output["num_items_in_batch"] = self.accelerator.gather(loss_tokens(output["completion_mask"], output["tool_mask"])).sum()
+        self._keep_only(output, ~failed[:, None])
     self._check_first_batch(output)
     self._log_removed(output)
     width, turns = output["completion_ids"].shape[1], max(len(t.turns) for t in self._batch)
@@ -267,9 +264,14 @@ def _leave_out(self: TIRTrainer, output, groups):
     mode = self._metrics["train"]
     mode["filter/dropped_rollouts"].append(sum(gather_object([not row.any().item() for row in keep])))
     if not any(gather_object(reasons)): return reasons   # all processes or none: what follows is collective
+    self._keep_only(output, keep)
+    return reasons
+
+@patch
+def _keep_only(self: TIRTrainer, output, keep):
+    "Take tokens out of the loss, and count those that are left over all processes."
     output["tool_mask"] = filtered_mask(output["completion_mask"], output.get("tool_mask"), keep)
     output["num_items_in_batch"] = self.accelerator.gather(loss_tokens(output["completion_mask"], output["tool_mask"])).sum()
-    return reasons
 
 # %% ../nbs/41_trainer.ipynb #b242d6f7
 @patch
