@@ -107,16 +107,16 @@ def bench_rollout(
     schedule: str = "eager",  # of ours, where tools take time; with 0 ms it is "turn", since nobody has anything to wait for
     engine: str = "generate", # of ours
 ) -> dict:                    # ratios ours / TRL's, and what they come from
-    "Rollouts against TRL's tool loop under three tool latencies. With 0 ms four times as many pairs: a batch lasts as long as its longest turn, which is luck."
+    "Rollouts against TRL's tool loop under three tool latencies. With 0 ms eight times as many pairs: a batch lasts as long as its longest turn, which is luck."
     figures = dict(n=n, repeats=repeats, schedule=schedule, schedule_0ms="turn", engine=engine, threads=torch.get_num_threads())
-    bar = tqdm(total=6 * repeats, desc="bench rollout", file=sys.stderr)
+    bar = tqdm(total=10 * repeats, desc="bench rollout", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         for name, seconds in LATENCIES.items():
             environment = slow_lookup(seconds)
             trl, ours = rollout_trainer(False, environment, n, folder), rollout_trainer(True, environment, n, folder, schedule="turn" if name == "0ms" else schedule, engine=engine)
             for t in (trl, ours): time_rollouts(t)   # the first batch warms up
             pairs = []
-            for _ in range(repeats * (4 if name == "0ms" else 1)): pairs.append((time_rollouts(ours), time_rollouts(trl))); bar.update()
+            for _ in range(repeats * (8 if name == "0ms" else 1)): pairs.append((time_rollouts(ours), time_rollouts(trl))); bar.update()
             for i, what in enumerate(("tokens", "rollouts")):
                 mine, theirs = [a[i] / a[2] for a, _ in pairs], [b[i] / b[2] for _, b in pairs]
                 figures |= {f"{what}_ratio_{name}": statistics.median(a / b for a, b in zip(mine, theirs)),

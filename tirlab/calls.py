@@ -6,9 +6,10 @@
 __all__ = ['RolloutLimits', 'abandoned_tools', 'in_thread', 'told', 'run_call', 'run_calls']
 
 # %% ../nbs/10c_calls.ipynb #e97ca87c
-import asyncio, inspect, threading, time
+import asyncio, inspect, os, threading, time
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Callable
 
 # %% ../nbs/10c_calls.ipynb #8c525b71
@@ -33,11 +34,29 @@ class RolloutLimits:
     first_call_only: bool = False           # end a turn at its first complete call and drop what follows; False (TRL) runs all calls of a turn
 
 # %% ../nbs/10c_calls.ipynb #db3cf433
-_LEFT = []   # threads whose function ran out of time
+_IDLE = []   # threads that wait for a function
+os.register_at_fork(after_in_child=_IDLE.clear)   # they stay behind in the parent
 
-def abandoned_tools() -> int:   # threads
+class _Worker(threading.Thread):
+    "A thread that runs one function after another. A daemon: a function that never comes back must not keep the process."
+    def __init__(self):
+        super().__init__(daemon=True, name="tool")
+        self.functions = SimpleQueue()
+        self.start()
+
+    def run(self):
+        while True: self.functions.get()(self)
+
+def _worker():
+    try: return _IDLE.pop()
+    except IndexError: return _Worker()
+
+# %% ../nbs/10c_calls.ipynb #f9bdb4c4
+_LEFT = []   # whether each function that ran out of time has come back
+
+def abandoned_tools() -> int:   # functions
     "Plain tool functions that ran out of time in this process and have not come back yet."
-    _LEFT[:] = [t for t in _LEFT if t.is_alive()]
+    _LEFT[:] = [back for back in _LEFT if not back.is_set()]
     return len(_LEFT)
 
 async def in_thread(
@@ -46,20 +65,21 @@ async def in_thread(
     seconds: float | None = None,       # wall time allowed, from its start; None for no limit
     most: int = 64,                     # functions that may be left behind
 ):
-    "Result of a function that runs in a thread of its own. Raises: TimeoutError; RuntimeError where too many never came back."
+    "Result of a function that runs in another thread. Raises: TimeoutError; RuntimeError where too many never came back."
     if slots is None: return make()
-    loop = asyncio.get_running_loop()
+    loop, back = asyncio.get_running_loop(), threading.Event()
     future = loop.create_future()
-    def work():
+    def work(worker):
         try: result, problem = make(), None
         except BaseException as e: result, problem = None, RuntimeError(f"the tool's thread ended: {type(e).__name__}: {e}")   # nobody may wait for ever
         settle = lambda: future.done() or (future.set_exception(problem) if problem else future.set_result(result))
+        back.set()
+        _IDLE.append(worker)
         with suppress(RuntimeError): loop.call_soon_threadsafe(settle)   # the loop may be gone
     async with slots:
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
+        _worker().functions.put(work)
         try: return await asyncio.wait_for(future, seconds)
-        except TimeoutError: _LEFT.append(thread)
+        except TimeoutError: _LEFT.append(back)
     if abandoned_tools() <= most: raise TimeoutError
     raise RuntimeError(f"{len(_LEFT)} tool calls ran out of time and their functions never came back; make the tool end by itself, or run it in a process "
                        "(`run_python` does), or raise RolloutLimits.abandoned_tools.")

@@ -73,10 +73,18 @@ def gumbel(
 # %% ../nbs/10_engines.ipynb #000c0b57
 class _Draw(LogitsProcessor):
     "Adds each row's own noise, so that the largest score is a draw; keeps the log-probability of each choice."
-    def __init__(self, seeds, start): self.seeds, self.start, self.logprobs = seeds, start, []
+    def __init__(self, seeds, start): self.seeds, self.start, self.logprobs, self.ahead = seeds, start, [], []
+
+    def _noise(self, at, vocab):
+        "Noise for every row's token number `at`; for a small vocabulary that of 16 tokens is made at once, since starting an operation costs more than running it."
+        if not self.ahead:
+            rows, count = len(self.seeds), 16 if self.seeds.numel() * vocab < 2**17 else 1
+            positions = torch.arange(at, at + count, device=self.seeds.device)
+            self.ahead = list(gumbel(self.seeds.repeat(count), positions.repeat_interleave(rows), vocab).view(count, rows, vocab))
+        return self.ahead.pop(0)
 
     def __call__(self, input_ids, scores):
-        noisy = scores if self.seeds is None else scores + gumbel(self.seeds, torch.full_like(self.seeds, input_ids.shape[1] - self.start), scores.shape[1])
+        noisy = scores if self.seeds is None else scores + self._noise(input_ids.shape[1] - self.start, scores.shape[1])
         self.logprobs.append(scores.gather(1, noisy.argmax(1, keepdim=True))[:, 0] - scores.logsumexp(1))
         return noisy
 

@@ -13,7 +13,7 @@ from typing import Callable
 # %% ../nbs/03_environments.ipynb #b984b8e6
 from .executions import Execution, Limits, SandboxFault, Status
 from .interpreters import Interpreter
-from .sandbox import run_python
+from .sandbox import isolation_level, run_python
 
 # %% ../nbs/03_environments.ipynb #826227bd
 def observe(
@@ -43,6 +43,7 @@ class PythonEnvironment:
         Args:
             code: Python source; the value of a last expression is printed.
         """
+        if not isinstance(code, str): raise TypeError("code must be a string")
         execution = self._run(code)
         if execution.status is Status.LOST and not self._stateful: execution = self._run(code)   # lost variables cannot be brought back
         if execution.status is Status.LOST: raise SandboxFault(execution.error)
@@ -56,7 +57,8 @@ class PythonEnvironment:
             self._interpreter = self._interpreter or Interpreter(self.limits, self._isolation)
             return self._interpreter.run(code)
         except SandboxFault: raise
-        except OSError as e: return Execution("", f"SandboxError: {e}", Status.LOST, 0.0, False)   # no descriptors or processes left, say
+        except Exception as e:   # no descriptors or threads left, say; what the code itself raises is in the execution
+            return Execution("", f"SandboxError: {type(e).__name__}: {e}", Status.LOST, 0.0, False)
 
     def _close(self):
         "End what the rollout has left running. Whoever drives rollouts calls it when one ends."
@@ -72,6 +74,7 @@ def python_environment(
 ) -> type:                             # an environment class
     "A `PythonEnvironment` with other settings. Raises: ValueError where two of them do not go together."
     if style not in ("plain", "simpletir"): raise ValueError(f"style={style!r}: there is plain and simpletir")
+    if isolation: isolation_level(isolation)
     if stateful and backend: raise ValueError("stateful=True needs an interpreter on this machine; a backend elsewhere keeps nothing between calls")
     settings = dict(limits=limits, _stateful=stateful, _style=style, _isolation=isolation, _backend=staticmethod(backend) if backend else None)
     return type("PythonEnvironment", (PythonEnvironment,), settings)

@@ -54,7 +54,8 @@ def confine(
     """Take on locks and limits and close every descriptor, those of other executions among them. There is no way back.
     Raises: OSError where a lock does not hold."""
     cpu, memory, file = limits[:3]
-    if locks.rules is not None: drop_capabilities(), apply_landlock(ruleset)
+    drop_capabilities()   # also where nothing else is locked: with them, root could raise its limits again
+    if locks.rules is not None: apply_landlock(ruleset)
     os.dup2(out, 1), os.dup2(out, 2), os.dup2(report, 3)
     os.closerange(4, MAX_FD)
     apply_limits(cpu, locks.base + memory, file, 64)
@@ -319,6 +320,7 @@ def prepare(
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_FD, hard), hard))
     locked = level != "process"
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f: f.write("1000")   # where memory runs out, executions go first
     os.environ.update(HOME=".", TMPDIR=".")   # a child's working directory is its scratch folder
     locks = Locks(address_space(), landlock_rules() if locked else None, make_filter(seccomp_filter()) if locked else None)
     rehearse()

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONTROL_TOKENS', 'render_call', 'parse_message', 'turn_kind', 'observation_ids', 'control_ids', 'cut_after_call',
-           'template_syntax', 'ChatFormat', 'TextFormat', 'make_format']
+           'template_syntax', 'ChatFormat', 'TextFormat', 'tool_schemas', 'make_format']
 
 # %% ../nbs/01_formats.ipynb #f3f5c7df
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Callable
+from weakref import WeakKeyDictionary
 
 # %% ../nbs/01_formats.ipynb #bd29d9de
 from jinja2 import TemplateError
@@ -27,6 +29,17 @@ def render_call(
     return syntax_of(syntax).render([call])
 
 # %% ../nbs/01_formats.ipynb #d56c45c0
+@lru_cache
+def _compiled(template):
+    from transformers.utils.chat_parsing.response_templates import load_response_template
+    return load_response_template(json.loads(template))
+
+def _response_template(tokenizer):
+    "What a tokenizer says about its model's turns, compiled once: that takes as long as parsing one. Raises: ValueError where it says nothing."
+    if not getattr(tokenizer, "response_template", None): raise ValueError("no response template")
+    return _compiled(json.dumps(tokenizer.response_template))
+
+# %% ../nbs/01_formats.ipynb #3b111d74
 def parse_message(
     tokenizer: Any,               # tokenizer with a chat template and a response template
     ids: list[int],               # what the sampler emitted in this turn
@@ -34,16 +47,14 @@ def parse_message(
     tools: list | None = None,    # tools offered in the prompt: argument types follow their schemas
 ) -> dict:                        # chat message: role, content and, where calls were found, tool_calls
     "The turn as a chat message; where parsing fails, the whole turn is its content. Same result as TRL's for any text that TRL can parse."
-    plain = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
-    if not (getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None)): return plain
     try:
-        message = tokenizer.parse_response(ids, prefix=prefix, tools=tools)
+        message = tokenizer.parse_response(ids, _response_template(tokenizer), prefix=prefix, tools=tools)
         if message is None: raise ValueError("nothing parsed")
         content = message.get("content")
         message["content"] = content.removesuffix(tokenizer.eos_token) if content and isinstance(content, str) else content or ""
         if "tool_calls" in message: _check_calls(message["tool_calls"])
         return message
-    except (ValueError, TypeError, RecursionError): return plain
+    except (ValueError, TypeError, RecursionError): return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
 
 # %% ../nbs/01_formats.ipynb #b994eb50
 def _check_calls(calls):
@@ -142,7 +153,7 @@ def template_syntax(
 class ChatFormat:
     "How one conversation is rendered, parsed and answered, by the model's own chat template."
     tokenizer: Any                             # tokenizer with a chat template and a response template
-    tools: list[Callable] = field(default_factory=list)   # tools named in the prompt
+    tools: list = field(default_factory=list)  # tools named in the prompt: functions or, quicker, their JSON schemas
     chat_template: str | None = None           # template to use in place of the tokenizer's
     template_kwargs: dict = field(default_factory=dict)   # further variables for the template
     end_tokens: list[int] | None = None        # tokens that end a turn; None for the tokenizer's end-of-sequence token alone
@@ -255,6 +266,20 @@ class TextFormat:
         return _suffix(self._render, before, after, self.tokenizer, self.end_tokens, ended)
 
 # %% ../nbs/01_formats.ipynb #b9833d13
+_SCHEMAS = WeakKeyDictionary()   # function -> JSON schema
+
+def tool_schemas(
+    tools: list,     # functions, or JSON schemas already
+) -> list[dict]:     # JSON schemas
+    "JSON schemas as transformers makes them; each function's is made once, since that takes as long as parsing a turn."
+    from transformers.utils import get_json_schema
+    def schema(tool):
+        function = getattr(tool, "__func__", tool)   # a method is made anew at every look
+        if function not in _SCHEMAS: _SCHEMAS[function] = get_json_schema(tool)
+        return _SCHEMAS[function]
+    return [t if isinstance(t, dict) else schema(t) for t in tools]
+
+# %% ../nbs/01_formats.ipynb #05d66a0b
 def make_format(
     name: str | None,              # "json", "xml", "fenced" or "list"; None or "chat" for the template's own way
     tokenizer: Any,                # tokenizer with a chat template
@@ -265,6 +290,6 @@ def make_format(
 ) -> ChatFormat | TextFormat:
     "The format of one conversation. Raises: ValueError for an unknown name."
     if name in (None, "chat"):
-        return ChatFormat(tokenizer, tools, chat_template, template_kwargs or {}, end_tokens, template_syntax(chat_template or tokenizer.chat_template))
+        return ChatFormat(tokenizer, tool_schemas(tools), chat_template, template_kwargs or {}, end_tokens, template_syntax(chat_template or tokenizer.chat_template))
     if name not in SYNTAXES: raise ValueError(f"Unknown call format {name!r}; choose chat, the template's own, or one of {', '.join(SYNTAXES)}.")
     return TextFormat(name, tokenizer, tools, chat_template, template_kwargs or {}, end_tokens)

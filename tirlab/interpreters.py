@@ -108,7 +108,8 @@ _GONE = "; the interpreter was restarted, its variables are gone"
 def _turn(self: Interpreter, code):
     "One call, by a child that is there."
     program = _memory_file(code.encode("utf-8", "surrogatepass"))
-    while _receive(self._channel.reports): pass   # what code of the last turn has left, reporting for itself
+    for _ in range(1000):   # what code of the last turn has left, reporting for itself; perhaps it still does, and without end
+        if not _receive(self._channel.reports): break
     try: socket.send_fds(self._channel.reports, [b"code"], [program])
     except OSError: pass   # it has ended; the server is about to say how
     finally: os.close(program)
@@ -133,9 +134,23 @@ def _watch_idle():
 def _close_idle():
     while True:
         time.sleep(0.5)
-        for one in list(_alive):
+        with _counting: those = list(_alive)
+        for one in those:
             if time.monotonic() > one._last + one.idle_seconds and one._lock.acquire(blocking=False):
                 try:
                     if time.monotonic() > one._last + one.idle_seconds:
                         one._end(f"(the interpreter was idle for more than {one.idle_seconds:g} seconds and was restarted: its variables are gone)\n")
                 finally: one._lock.release()
+        those = one = None   # or they would live as long as this thread
+
+# %% ../nbs/02e_interpreters.ipynb #67884098
+def _disown():
+    "Let go of interpreters that another process owns, without ending them."
+    global _counting
+    _counting, those = threading.Lock(), list(_alive)
+    for one in those:
+        if one._channel: one._finalizer.detach(); one._channel.abandon(); one._channel = None
+        one._lock, one._notice = threading.Lock(), "(this process was forked: the interpreter's variables are in the other one)\n"
+        _alive.discard(one)
+
+os.register_at_fork(after_in_child=_disown)

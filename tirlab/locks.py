@@ -26,7 +26,7 @@ def _call(
 
 # %% ../nbs/02b_locks.ipynb #0f1ceb09
 _ALLOWED = """
-read 0 63  write 1 64  open 2 -  close 3 57  stat 4 -  fstat 5 80  lstat 6 -  poll 7 -  lseek 8 62  mmap 9 222  mprotect 10 226  munmap 11 215
+read 0 63  write 1 64  close 3 57  stat 4 -  fstat 5 80  lstat 6 -  poll 7 -  lseek 8 62  mmap 9 222  mprotect 10 226  munmap 11 215
 brk 12 214  rt_sigaction 13 134  rt_sigprocmask 14 135  rt_sigreturn 15 139  pread64 17 67  pwrite64 18 68  readv 19 65  writev 20 66  access 21 -
 pipe 22 -  select 23 -  sched_yield 24 124  mremap 25 216  msync 26 227  mincore 27 232  madvise 28 233  dup 32 23  dup2 33 -  pause 34 -
 nanosleep 35 101  getitimer 36 102  alarm 37 -  setitimer 38 103  getpid 39 172  sendfile 40 71  recvfrom 45 207  recvmsg 47 212  shutdown 48 210
@@ -37,7 +37,7 @@ getgid 104 176  geteuid 107 175  getegid 108 177  getppid 110 173  getpgrp 111 -
 rt_sigpending 127 136  rt_sigtimedwait 128 137  rt_sigsuspend 130 133  sigaltstack 131 132  statfs 137 43  fstatfs 138 44  arch_prctl 158 -
 gettid 186 178  time 201 -  futex 202 98  sched_getaffinity 204 123  epoll_create 213 -  getdents64 217 61  set_tid_address 218 96
 restart_syscall 219 128  clock_gettime 228 113  clock_getres 229 114  clock_nanosleep 230 115  exit_group 231 94  epoll_wait 232 -
-epoll_ctl 233 21  waitid 247 95  openat 257 56  mkdirat 258 34  newfstatat 262 79  unlinkat 263 35  renameat 264 38  symlinkat 266 36
+epoll_ctl 233 21  waitid 247 95  mkdirat 258 34  newfstatat 262 79  unlinkat 263 35  renameat 264 38  symlinkat 266 36
 readlinkat 267 78  faccessat 269 48  pselect6 270 72  ppoll 271 73  set_robust_list 273 99  epoll_pwait 281 22  timerfd_create 283 85
 fallocate 285 47  timerfd_settime 286 86  timerfd_gettime 287 87  eventfd2 290 19  epoll_create1 291 20  dup3 292 24  pipe2 293 59  preadv 295 69
 pwritev 296 70  getcpu 309 168  renameat2 316 276  getrandom 318 278  membarrier 324 283  copy_file_range 326 285  statx 332 291  rseq 334 293
@@ -45,11 +45,13 @@ close_range 436 436  faccessat2 439 439
 """
 
 # %% ../nbs/02b_locks.ipynb #5d6c6ab5
-_ONLY = {   # name: numbers, argument, values it may have
+_MODES = 0, 0o1, 0o1001, 0o2, 0o1002   # to read, write, or both, what is written perhaps being emptied first; of bits 0o1003
+_ONLY = {   # name: numbers, argument, values it may have, bits that count
     "ioctl": ("16 29", 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),   # is it a terminal, how wide, how much to read, blocking, inherited
     "fcntl": ("72 25", 1, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)),   # descriptors, flags and file locks; not F_SETOWN, F_NOTIFY, F_SETLEASE
     "socketpair": ("53 199", 0, (socket.AF_UNIX,)), "prctl": ("157 167", 0, (15, 16)), "prlimit64": ("302 261", 0, (0,)),
     "kill": ("62 129", 0, ("pid",)), "tgkill": ("234 131", 0, ("pid",)),       # nobody but itself
+    "open": ("2 -", 1, _MODES, 0o1003), "openat": ("257 56", 2, _MODES, 0o1003),
 }
 _PRETEND = """chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452  chown 92 -  fchown 93 55  lchown 94 -
 fchownat 260 54  utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88"""
@@ -58,7 +60,7 @@ _PROCESS = "56 220", "435 435", "44 206"   # clone, clone3, sendto
 # %% ../nbs/02b_locks.ipynb #ac6ea4fa
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}   # column above, the kernel's name for it
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _THREAD, _NEW_NAMESPACES = 0x00010000, 0x7E020080   # clone's flags
 _PID = 0x7EEDC0DE   # stands for the process's own number until that is known
 
@@ -68,17 +70,18 @@ def _argument(n: int, high: bool = False) -> bytes: return _op(_LOAD, 16 + 8 * n
 _DENY = _end(_ERRNO | errno.EPERM)
 
 # %% ../nbs/02b_locks.ipynb #b79a09a9
-def _one_of(argument: int, values: tuple) -> bytes:
-    "Allow when an argument has one of the values."
+def _one_of(argument: int, values: tuple, bits: int = 0) -> bytes:
+    "Allow when an argument, or some of its bits, has one of the values."
     tests = [_op(_EQUAL, _PID if v == "pid" else v, len(values) - i) for i, v in enumerate(values)]
-    return _argument(argument) + b"".join(tests) + _DENY + _end(_ALLOW)
+    masked = _op(_AND, bits) if bits else b""
+    return _argument(argument) + masked + b"".join(tests) + _DENY + _end(_ALLOW)
 
 def _special() -> dict[str, bytes]:
     "Programs for the calls in which arguments decide: numbers -> program."
     threads = _argument(0) + _op(_ANY_BIT, _NEW_NAMESPACES, 1) + _op(_ANY_BIT, _THREAD, 1) + _DENY + _end(_ALLOW)
     unaddressed = _argument(4) + _op(_EQUAL, 0, 0, 2) + _argument(4, True) + _op(_EQUAL, 0, 1) + _DENY + _end(_ALLOW)
     missing = _end(_ERRNO | errno.ENOSYS)   # clone3 hides its flags in memory; told that there is none, the C library takes clone
-    return dict(zip(_PROCESS, (threads, missing, unaddressed))) | {numbers: _one_of(arg, values) for numbers, arg, values in _ONLY.values()}
+    return dict(zip(_PROCESS, (threads, missing, unaddressed))) | {numbers: _one_of(*rest) for numbers, *rest in _ONLY.values()}
 
 # %% ../nbs/02b_locks.ipynb #d5a87088
 def _search(

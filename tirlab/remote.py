@@ -6,7 +6,7 @@
 __all__ = ['as_script', 'read_answer', 'remote', 'least_loaded', 'ray_nodes', 'read_request', 'answer_request', 'sandbox_server']
 
 # %% ../nbs/02f_remote.ipynb #8d11cb11
-import base64, binascii, functools, hmac, http.server, ipaddress, itertools, json, math, os, random, threading, time
+import base64, binascii, functools, hmac, http.server, ipaddress, itertools, json, math, os, random, socket, threading, time
 from typing import Callable
 
 # %% ../nbs/02f_remote.ipynb #988e5e37
@@ -64,12 +64,14 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 _AGAIN = (429, 502, 503, 504)   # of the transport: too busy, or a gateway that found nobody
 
 def _post(url: str, body: dict, headers: dict, seconds: float, most: int) -> tuple[int, bytes]:
-    "One request: status and body. Raises: httpx.TransportError, also where the answer is too long."
+    "One request: status and body. Raises: httpx.RequestError, also where the answer is too long or takes too long to come."
+    end = time.monotonic() + seconds + 10
     with _pool().stream("POST", url, json=body, headers=headers, timeout=httpx.Timeout(seconds, connect=10)) as response:
         data = bytearray()
         for chunk in response.iter_bytes():
             data += chunk
             if len(data) > most: raise httpx.ReadError("the answer is too long")
+            if time.monotonic() > end: raise httpx.ReadTimeout("the answer does not end")
         return response.status_code, bytes(data)
 
 # %% ../nbs/02f_remote.ipynb #d2ded52f
@@ -79,7 +81,9 @@ def remote(
     tries: int = 4,                 # for faults of the transport
     pause: float = 0.5,             # before the second try, seconds; doubles from try to try
 ) -> Callable[[str, Limits], Execution]:
-    "A function like `run_python` that runs code on a SandboxFusion server, or on tirlab's. Source: SandboxFusion's `/run_code`."
+    """A function like `run_python` that runs code on a SandboxFusion server, or on tirlab's. Source: SandboxFusion's `/run_code`.
+    Raises: ValueError where `url` is none."""
+    if not url.startswith(("http://", "https://")): raise ValueError(f"url={url!r}: give the whole address, such as http://10.0.0.7:8080")
     token = token or os.environ.get("TIRLAB_SANDBOX_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     def run(code: str, limits: Limits = Limits()) -> Execution:
@@ -89,7 +93,7 @@ def remote(
         for attempt in range(tries):
             if attempt: time.sleep(pause * 2 ** (attempt - 1) * (0.5 + random.random()))
             try: status, data = _post(url.rstrip("/") + "/run_code", body, headers, limits.seconds + 60, most)
-            except httpx.TransportError as e: fault = f"{type(e).__name__}: {e}"; continue
+            except httpx.RequestError as e: fault = f"{type(e).__name__}: {e}"; continue
             if status in _AGAIN: fault = f"HTTP {status}"; continue
             if status != 200: return _lost(f"HTTP {status} from {url}: {data[:200].decode('utf-8', 'replace')}")
             try: return read_answer(json.loads(data), limits)
@@ -225,6 +229,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 # %% ../nbs/02f_remote.ipynb #2e11f7df
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads, request_queue_size, most = True, 512, threading.BoundedSemaphore(512)
+
+    def __init__(self, address, handler):
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
 
     def process_request(self, request, address):
         if self.most.acquire(blocking=False): return super().process_request(request, address)

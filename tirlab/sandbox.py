@@ -37,6 +37,7 @@ def missing(
 
 # %% ../nbs/02_sandbox.ipynb #0f896a5e
 _PATIENCE = 30   # seconds in which the server must answer, however busy the machine is
+_GRACE = 5       # seconds in which it tidies up and ends, once we have hung up
 _SEQPACKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _start(level: str, profile: str) -> _Server:
 def _stop(server: _Server):
     "End a fork server with all it runs, dead or alive."
     server.socket.close()
-    try: server.process.wait(5)
+    try: server.process.wait(_GRACE)
     except subprocess.TimeoutExpired: server.process.kill(), server.process.wait()
     shutil.rmtree(server.folder, ignore_errors=True)
 
@@ -127,12 +128,16 @@ class _Channel:
 
     def close(self):
         with contextlib.suppress(OSError): self.control.shutdown(socket.SHUT_RDWR)   # a forked copy of this process may hold it open
+        self.abandon()
+
+    def abandon(self):
+        "Close these descriptors; the execution goes on for whoever holds copies."
         os.close(self.out), self.reports.close(), self.control.close()
 
 def _memory_file(content: bytes) -> int:
     "A descriptor from which something can be read."
     fd = os.memfd_create("program")
-    if os.pwrite(fd, content, 0) != len(content): os.close(fd); raise MemoryError("no memory for a program")
+    if os.pwrite(fd, content, 0) != len(content): os.close(fd); raise OSError("no memory for a program")
     return fd
 
 # %% ../nbs/02_sandbox.ipynb #be816fb0
@@ -225,7 +230,7 @@ def run_python(
     return Execution("", "SandboxError: the sandbox does not answer", Status.LOST, 0.0, False)
 
 # %% ../nbs/02_sandbox.ipynb #66f4db64
-_OPEN = {"process": "rlimits, wall clock and output limit; files and network are open",
+_OPEN = {"process": "rlimits, wall clock and output limit, no privileges; files, network and other processes are open",
          "locked": "landlock (ABI {abi}), seccomp, rlimits, no privileges; what stays open is metadata of files",
          "namespaced": "landlock (ABI {abi}), seccomp, rlimits, no privileges, own namespaces; what stays open is metadata of files"}
 

@@ -26,7 +26,7 @@ from .drift import assert_masks
 from .engines import EngineError
 from .environments import check_tool
 from .filters import filtered_mask, loss_tokens, overlong
-from .formats import make_format
+from .formats import make_format, tool_schemas
 from .recorder import Recorder
 from .rollout import rollout_metrics, rollouts
 from .sampler import calls_as_text, gathered, keep_up, make_canary, make_engine, sampling_of, trl_engine
@@ -95,6 +95,7 @@ class TIRTrainer(GRPOTrainer):
                              environment_factory=environment_factory, **kwargs)
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
+            if self.environment_factories: self._env_tools = {name: tool_schemas(tools) for name, tools in self._env_tools.items()}   # TRL makes them anew for every row
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
