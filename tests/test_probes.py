@@ -7,18 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils as fused_head
 from trl.trainer.utils import add_fused_lm_head
 
-from tirlab.all import TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
+from tirlab.all import RolloutLimits, Sampling, TIRConfig, TIRTrainer, answer_reward, evaluate, make_tasks, tiny_policy
+from tirlab.collapse_signals import merged, step_signals, token_roles
 from tirlab.formats import control_ids
 from tirlab.gradients import surprise
 from tirlab.probes import ControlProbe, Probed, ProbeError, control_logprobs, joined, probed, single_tokens
 from tirlab.tasks import ENVIRONMENTS
+from tirlab.trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn, TurnKind
 
 VOCAB, TOKENS = 211, {"a": 3, "b": 7, "c": 0, "d": 210}
 SMALL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
@@ -375,6 +379,93 @@ def test_control_logprobs_in_float64_keep_their_digits():
     ours = control_logprobs(hidden, weight, bias, targets, full[targets, targets], torch.tensor([5, 9]))
     assert (ours - full[:, [5, 9]]).abs().max() < 1e-13
     assert surprise(full[targets, targets], (2 * full).logsumexp(-1)).isfinite().all()
+
+
+# Roles and signals
+
+def slow_forbidden(trajectory, tokens, end="<|im_end|>"):
+    "(T, K) where a control token must not appear, token by token."
+    out = []
+    for turn in trajectory.turns:
+        inside = False
+        for n, i in enumerate(turn.ids):
+            rules = {"<tool_call>": inside, "</tool_call>": not inside, end: inside or n == 0}
+            out.append([rules.get(name, True) for name in tokens])
+            inside = i == tokens["<tool_call>"] or (inside and i != tokens["</tool_call>"])
+        out += [[False] * len(tokens)] * len(turn.observation_ids)
+    return out
+
+
+@given(st.lists(st.lists(st.tuples(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.integers(0, 3)), max_size=4), min_size=1, max_size=4), st.integers(0, 5))
+@settings(max_examples=80, deadline=None)
+def test_roles_are_the_loop(rows, more):
+    tokens = {"<tool_call>": 1, "</tool_call>": 2, "<|im_end|>": 3, "<|im_start|>": 4}
+    turn = lambda ids, n: Turn(ids, {"role": "assistant", "content": ""}, TurnKind.RESPONSE, observation_ids=[1] * n)
+    batch = [Trajectory([0], [turn(*x) for x in row], StopReason.ANSWER) for row in rows]
+    width = max(len(t.completion_ids) for t in batch) + more
+    roles = token_roles(batch, tokens, width)
+    for i, t in enumerate(batch):
+        n = len(t.completion_ids)
+        assert roles.forbidden[i, :n].tolist() == slow_forbidden(t, tokens) and not roles.forbidden[i, n:].any()
+        assert roles.sampled[i, :n].tolist() == [[m == 1 and x == c for c in tokens.values()] for x, m in zip(t.completion_ids, t.mask)]
+        assert roles.turn[i].tolist() == t.turn_of_token + [-1] * (width - n) and int(roles.start[i].sum()) == len(t.turns)
+
+
+def test_healthy_turns_have_no_control_token_where_it_must_not_be():
+    "What `turn_kind` calls a call or a response, the roles call legal; seen in both kinds and in broken turns of the tiny policy, hot."
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_policy()), AutoTokenizer.from_pretrained(tiny_policy())
+    found = evaluate(model, tokenizer, make_tasks("all", n=32, seed=4), ENVIRONMENTS, sampling=Sampling(2**31, temperature=1.4), limits=RolloutLimits(completion_tokens=160)).trajectories
+    tokens = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<tool_call>", "</tool_call>", "<|im_end|>", "<|im_start|>", "<tool_response>", "</tool_response>")}
+    roles, broken = token_roles(found, tokens, max(len(t.completion_ids) for t in found)), set()
+    for i, t in enumerate(found):
+        for j, turn in enumerate(t.turns):
+            here = roles.turn[i] == j
+            wrong = (roles.sampled[i] & roles.forbidden[i])[here].any().item()
+            if turn.kind in (TurnKind.TOOL_CALL, TurnKind.RESPONSE): assert not wrong or set(turn.ids) & {tokens["<|im_start|>"], tokens["<tool_response>"], tokens["</tool_response>"]}
+            elif wrong: broken.add(turn.kind)
+    assert broken and {u.kind for t in found for u in t.turns} >= {TurnKind.TOOL_CALL, TurnKind.RESPONSE}
+
+
+def test_a_tag_without_a_token_of_its_own_judges_nobody():
+    t = Trajectory([0], [Turn([1, 5, 2, 3], {"role": "assistant", "content": ""}, TurnKind.TOOL_CALL)], StopReason.ANSWER)
+    assert token_roles([t], {"</tool_call>": 2, "<|im_end|>": 3}, 4).forbidden[0].tolist() == [[False, True]] + [[False, False]] * 3
+    assert token_roles([t], {"<tool_call>": 1, "<|im_end|>": 3}, 4).forbidden[0].tolist() == [[False, True]] + [[False, False]] * 3
+
+
+def test_signals_by_hand():
+    "Two rollouts in which every number is known; the second was filtered out of the loss and still counts."
+    call = Turn([1, 5, 2, 3], {"role": "assistant", "content": ""}, TurnKind.TOOL_CALL, calls=[ToolCall("f", {})], results=[ToolResult("f", "x")], observation_ids=[7, 7])
+    answer = Turn([5, 3], {"role": "assistant", "content": "5"}, TurnKind.RESPONSE)
+    broken = Turn([1, 3], {"role": "assistant", "content": ""}, TurnKind.COLLAPSED, results=[ToolResult("tool_call", "?", ToolError.MALFORMED)])
+    batch, tokens = [Trajectory([0], [call, answer], StopReason.ANSWER), Trajectory([0], [broken], StopReason.MALFORMED)], {"<tool_call>": 1, "</tool_call>": 2, "<|im_end|>": 3}
+    wrote = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]]).bool()
+    control = torch.linspace(0.1, 0.9, 48).view(2, 8, 3).log().masked_fill(~wrote[..., None], torch.nan)
+    table = lambda x: torch.full((2, 8), x).masked_fill(~wrote, torch.nan)
+    logp, mask = table(-0.5), wrote & torch.tensor([[True], [False]])
+    logp[1, 1] = -3.0
+    seen = Probed(tuple(tokens), control, logp, table(0.25), table(0.6), table(0.0) + torch.nan, table(1.5), table(-2.0), mask & False, mask)
+    signals, p = step_signals(batch, seen, tokens), control.exp()
+    at = lambda k, *places: torch.stack([p[i, n, k] for i, n in places]).double()
+    places = {"tool_call/sampled": at(0, (0, 0), (1, 0)), "tool_call/turn_start": at(0, (0, 0), (0, 6), (1, 0)), "tool_call/forbidden": at(0, (0, 1), (0, 2), (1, 1)),
+              "im_end/forbidden": at(2, (0, 0), (0, 1), (0, 2), (0, 6), (1, 0), (1, 1)), "im_end/sampled": at(2, (0, 3), (0, 7), (1, 1)),
+              "end_tool_call/forbidden": at(1, (0, 0), (0, 3), (0, 6), (0, 7), (1, 0))}
+    for what, values in places.items():
+        assert signals[f"probe/{what}_mean"] == pytest.approx(values.mean().item(), abs=1e-6) and signals[f"probe/{what}_max"] == pytest.approx(values.max().item(), abs=1e-6)
+        for q in (10, 50, 90): assert signals[f"probe/{what}_p{q}"] == pytest.approx(values.quantile(q / 100).item(), abs=1e-6)
+    wanted = {"state/tool_call": 1 / 3, "state/response": 1 / 3, "state/collapsed": 1 / 3, "state/text_pollution": 0, "void_rate": 1 / 3, "malformed_rate": 0.5, "call_rate": 1 / 3, "turns": 1.5,
+              "entropy_mean": 0.25, "probability_min": torch.tensor(-3.0).exp().item(), "effective_batch": 0.5, "clipped_rate": 0.0, "ratio_max": 1.5}
+    for name, value in wanted.items(): assert signals[f"probe/{name}"] == pytest.approx(value, abs=1e-6), name
+    token = 1 / 6 * 1.5 * 2 * 0.6   # one of six tokens in the loss; the filtered rollout pulls at nothing
+    assert signals["probe/logit_gradient/turn_1"] == pytest.approx(token * 2 / 2, abs=1e-6) and signals["probe/logit_gradient/turn_2"] == pytest.approx(token * 2**0.5, abs=1e-6)
+    assert not [n for n in signals if n.startswith("probe/gap")] and all(v == v for v in signals.values())
+
+
+def test_signals_of_nothing():
+    "Failed rollouts and a probe that is off: fewer signals, no nan."
+    seen = Probed(("<tool_call>",), torch.full((2, 1, 1), torch.nan), *(torch.full((2, 1), torch.nan) for _ in range(6)), *(torch.zeros(2, 1, dtype=torch.bool) for _ in range(2)))
+    signals = step_signals([Trajectory([0], [], StopReason.FAILED)] * 2, seen, {"<tool_call>": 1})
+    assert signals["probe/effective_batch"] == 0 and signals["probe/turns"] == 0 and all(v == v for v in signals.values()) and not [n for n in signals if "/tool_call/" in n]
+    assert merged([signals, {"probe/turns": 2.0}])["probe/turns"] == 1.0
 
 
 # The seam
