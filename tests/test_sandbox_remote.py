@@ -1,8 +1,10 @@
 """The sandbox's wires: what comes over them may be anything. And interpreters that stay, machines elsewhere, environments on top."""
+import asyncio
 import base64
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,15 +15,17 @@ import types
 import httpx
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tirlab import cli, interpreters, sandbox
-from tirlab.environments import PythonEnvironment, python_environment
+from tirlab.calls import RolloutLimits, run_call
+from tirlab.environments import PythonEnvironment, environment_tools, python_environment
 from tirlab.executions import Execution, Limits, SandboxFault, Status
 from tirlab.interpreters import Interpreter
-from tirlab.remote import as_script, least_loaded, ray_nodes, read_answer, read_request, remote, sandbox_server
+from tirlab.remote import _post, as_script, least_loaded, ray_nodes, read_answer, read_request, remote, sandbox_server
 from tirlab.sandbox import run_python
+from tirlab.trajectory import ToolCall
 
 pytestmark = pytest.mark.skipif(bool(sandbox.missing(sandbox.isolation_level())), reason=f"no sandbox: {sandbox.missing(sandbox.isolation_level())}")
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -71,14 +75,44 @@ def test_any_report_of_the_child(messages, code):
     assert run.status in (Status.OK, Status.ERROR, Status.MEMORY) and (run.status is Status.OK) == (code == 0)
 
 
+@pytest.fixture
+def session():
+    with Interpreter(Limits(seconds=0.5), preload="bare") as session: yield session
+
+
+@FUZZ
+@example([(3, b"")], "")   # looks as if it had hung up
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.binary(min_size=1, max_size=300) | st.sampled_from(WORDS[:-1])), max_size=6),
+       st.sampled_from(["", "1 / 0", "x"]))
+def test_any_report_of_an_interpreter(session, messages, end):
+    "It may deceive itself about its own turns; ours end in time, and nobody else notices."
+    run = session.run(f"import os\nfor fd, m in {messages!r}: os.write(fd, m)\n{end}")
+    assert run.status in (Status.OK, Status.ERROR, Status.MEMORY) or messages == [(3, b"")] and run.status is Status.TIMEOUT
+    assert str(run_python("37 + 48")) == "85"
+
+
+def test_an_interpreter_that_reports_without_end():
+    code = ("import os, threading\ndef f():\n    while True: os.write(3, b'k' * 60000)\n"
+            "for _ in range(8): threading.Thread(target=f, daemon=True).start()")
+    with Interpreter(Limits(seconds=0.3), preload="bare") as session:
+        start = time.monotonic()
+        for c in (code, "1", "2", "3"): assert session.run(c).status is not Status.LOST
+        assert time.monotonic() - start < 8 and psutil.Process().memory_info().rss < 2**31
+
+
 # HTTP, our end and theirs
+
+@contextlib.contextmanager
+def serving(server):
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try: yield f"http://127.0.0.1:{server.server_port}"
+    finally: server.shutdown(), server.server_close()
+
 
 @pytest.fixture(scope="module")
 def http_server():
     server = sandbox_server(port=0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown(), server.server_close()
+    with serving(server): yield server
 
 
 def works(server): return str(remote(f"http://127.0.0.1:{server.server_port}")("37 + 48", Limits())) == "85"
@@ -159,6 +193,7 @@ GOOD = json.dumps({"status": "Success", "run_result": {"status": "Finished", "re
     (lambda n: [ok(GOOD)[0][:-9]], 3, Status.LOST),                                              # cut short
     (lambda n: ok(b"<html>"), 3, Status.LOST),
     (lambda n: ok(b"busy", b"503 Busy"), 3, Status.LOST),
+    (lambda n: [ok(GOOD)[0].replace(b"Connection", b"Content-Encoding: gzip\r\nConnection")], 3, Status.LOST),   # which it is not
     (lambda n: ok(b"busy", b"503 Busy") if n < 3 else ok(GOOD), 3, Status.OK),                  # and recovers
     (lambda n: ok(b"no", b"401 Unauthorized"), 1, Status.LOST),                                 # not the transport's fault
     (lambda n: ok(json.dumps({"status": "SandboxError", "message": "no slots"}).encode()), 1, Status.LOST),
@@ -171,15 +206,31 @@ def test_only_faults_of_the_transport_are_tried_again(answer, tries, status):
 
 
 def test_a_token_is_wanted_and_checked():
-    with pytest.raises(ValueError, match="set a token"): sandbox_server("0.0.0.0", 0)
-    server = sandbox_server("127.0.0.1", 0, token="s3cret")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    assert str(remote(url, "s3cret")("37 + 48", Limits())) == "85"
-    for token in (None, "wrong", "s3cre", "s3crets"): assert "401" in remote(url, token)("37 + 48", Limits()).error
-    plain = httpx.post(url + "/run_code", content=b"{}", headers={"Authorization": "Bearer s3cret", "Content-Type": "text/plain"})
-    assert plain.status_code == 415   # what a web page could send unasked
-    server.shutdown(), server.server_close()
+    for host in ("0.0.0.0", "", "::", "10.0.0.7", "example.org", "127.0.0.1.example.org", "0", "localhost.example.org"):
+        with pytest.raises(ValueError, match="set a token"): sandbox_server(host, 0)
+    with serving(sandbox_server("127.0.0.1", 0, token="s3cret")) as url:
+        assert str(remote(url, "s3cret")("37 + 48", Limits())) == "85"
+        for token in (None, "wrong", "s3cre", "s3crets"): assert "401" in remote(url, token)("37 + 48", Limits()).error
+        plain = httpx.post(url + "/run_code", content=b"{}", headers={"Authorization": "Bearer s3cret", "Content-Type": "text/plain"})
+        assert plain.status_code == 415   # what a web page could send unasked
+
+
+def test_an_answer_that_never_ends_does_not_hold_us_up():
+    def drip(n):
+        yield b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
+        while True: time.sleep(0.02); yield b" "
+    with hostile(drip) as (url, _), pytest.raises(httpx.ReadTimeout, match="does not end"): _post(url, {}, {}, 0.2, 10**6, 0.1)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
+def test_loopback_needs_no_token(host):
+    try: server = sandbox_server(host, 0)
+    except OSError as e: pytest.skip(f"no {host} here: {e}")
+    server.server_close()
+
+
+def test_an_address_is_a_url():
+    with pytest.raises(ValueError, match="http://"): remote("10.0.0.7:8080")
 
 
 def test_what_verl_sends(http_server):
@@ -260,6 +311,16 @@ def test_interpreters_are_counted(monkeypatch):
     b.close(), c.close()
 
 
+def test_environments_beyond_the_limit_are_dropped_and_say_why(monkeypatch):
+    monkeypatch.setattr(interpreters, "MAX_INTERPRETERS", 1)
+    first, second = (python_environment(stateful=True)() for _ in range(2))
+    first.python("x = 37")
+    with pytest.raises(SandboxFault, match="1 interpreters are alive.*let fewer rollouts run at once"): second.python("x = 48")
+    first._close()
+    assert second.python("48") == "48"
+    second._close()
+
+
 def children(): return [p for s in sandbox._servers.values() for p in psutil.Process(s.process.pid).children()]
 
 
@@ -277,6 +338,17 @@ def test_forgotten_interpreters_end():
     assert until(lambda: not children())
 
 
+def test_idle_interpreters_end():
+    forgotten = Interpreter(preload="bare")
+    forgotten.run("x = 1")
+    with Interpreter(preload="bare", idle_seconds=0.05) as idle:
+        idle.run("x = 37")
+        assert until(lambda: len(children()) == 1)
+        del forgotten   # which whoever looks for the idle has seen by now
+        assert until(lambda: not children())
+        assert re.match(r"\(the interpreter was idle for more than 0.05 seconds .*gone\)\n.*NameError", str(idle.run("x")), re.S)
+
+
 @pytest.mark.parametrize("code, status", [
     ("while True: print('x' * 1000)", Status.FLOOD), ("while True: pass", Status.TIMEOUT), ("import os; os.abort()", Status.CRASHED),
     ("import os; os.closerange(0, 1000)", Status.ERROR), ("x = 0\nwhile True: open(str(x), 'w'); x += 1", Status.FLOOD)])
@@ -292,9 +364,10 @@ def test_an_interpreter_recovers(code, status):
 def test_a_lost_interpreter_is_a_fault():
     env = python_environment(stateful=True)()
     env.reset()
+    env._interpreter = Interpreter(preload="bare")
     assert env.python("x = 37") == ""
-    psutil.Process(sandbox._servers["locked", env._interpreter.profile].process.pid).kill()
-    time.sleep(0.5)
+    server = sandbox._servers[sandbox.isolation_level(), "bare"].process
+    server.kill(), server.wait(10)
     with pytest.raises(SandboxFault): env.python("x")
     env.reset()
     assert env.python("37 + 48") == "85"
@@ -312,6 +385,33 @@ def test_a_fault_is_tried_once_more_and_then_raised():
     env.reset()
     assert env.python("37 + 48") == "85"
     with pytest.raises(SandboxFault, match="gone"): env.python("37 + 48")
+
+
+@pytest.mark.parametrize("fault", [OSError("no descriptors"), RuntimeError("can't start new thread"), MemoryError(), httpx.DecodingError("?"), KeyError("run")],
+                         ids=lambda e: type(e).__name__)
+def test_no_fault_becomes_an_observation(fault):
+    "Whatever a backend raises, and through the layer that makes observations of what tools raise."
+    def backend(code, limits): raise fault
+    tools = environment_tools(python_environment(backend=backend)())
+    with pytest.raises(SandboxFault, match=type(fault).__name__): asyncio.run(run_call(ToolCall("python", {"code": "37 + 48"}), tools, RolloutLimits()))
+
+
+def test_a_machine_without_threads_is_a_fault_too(monkeypatch):
+    def none(): raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(interpreters, "_watch_idle", none)
+    env = python_environment(stateful=True)()
+    with pytest.raises(SandboxFault, match="new thread"): env.python("37 + 48")
+    env._close()
+
+
+def test_what_the_model_gets_wrong_is_an_observation():
+    result = asyncio.run(run_call(ToolCall("python", {"code": 37}), environment_tools(PythonEnvironment()), RolloutLimits()))
+    assert result.error and "code must be a string" in result.content
+
+
+def test_settings_that_make_no_sense():
+    for wrong in (dict(isolation="jail"), dict(style="loud"), dict(stateful=True, backend=run_python)):
+        with pytest.raises(ValueError): python_environment(**wrong)
 
 
 def test_environment_output_is_512_characters():

@@ -309,6 +309,7 @@ def prepare(
     profile: str,   # what to preload
 ) -> Locks:
     "Load what executions need and make what locks them. Raises: OSError where the machine lacks what the level stands on."
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f: f.write("1000")   # where memory runs out, executions go first
     if level == "namespaced": enter_namespaces()
     sys.argv.clear()
     if (ours := os.environ.pop("PYTHONPATH", None)) in sys.path: sys.path.remove(ours)   # where this module came from
@@ -320,7 +321,6 @@ def prepare(
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_FD, hard), hard))
     locked = level != "process"
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f: f.write("1000")   # where memory runs out, executions go first
     os.environ.update(HOME=".", TMPDIR=".")   # a child's working directory is its scratch folder
     locks = Locks(address_space(), landlock_rules() if locked else None, make_filter(seccomp_filter()) if locked else None)
     rehearse()

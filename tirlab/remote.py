@@ -63,9 +63,9 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 
 _AGAIN = (429, 502, 503, 504)   # of the transport: too busy, or a gateway that found nobody
 
-def _post(url: str, body: dict, headers: dict, seconds: float, most: int) -> tuple[int, bytes]:
+def _post(url: str, body: dict, headers: dict, seconds: float, most: int, grace: float = 10) -> tuple[int, bytes]:
     "One request: status and body. Raises: httpx.RequestError, also where the answer is too long or takes too long to come."
-    end = time.monotonic() + seconds + 10
+    end = time.monotonic() + seconds + grace
     with _pool().stream("POST", url, json=body, headers=headers, timeout=httpx.Timeout(seconds, connect=10)) as response:
         data = bytearray()
         for chunk in response.iter_bytes():
