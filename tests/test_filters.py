@@ -265,8 +265,8 @@ def test_replay_keeps_the_latest_successes_in_order():
     r = Replay(size=2)
     for answer, reward in (("a", 1.0), ("b", 0.0), ("c", 1.0), ("d", NAN), ("e", 0.5)): r.add("t", rollout(answer), reward)
     r.add("t", Trajectory([1], [], StopReason.FAILED), 1.0)
-    assert [(t.turns[-1].message["content"], reward) for t, reward in r.kept["t"]] == [("c", 1.0), ("e", 0.5)]
-    assert all(t.logprobs is None and t.completion_ids == rollout().completion_ids for t, _ in r.kept["t"])
+    assert [(t.turns[-1].message["content"], reward) for t, reward, _ in r.kept["t"]] == [("c", 1.0), ("e", 0.5)]
+    assert all(t.logprobs is None and t.completion_ids == rollout().completion_ids for t, *_ in r.kept["t"])
 
 
 @pytest.mark.parametrize("rewards, found", (([0, 0], True), ([-1, 0], True), ([NAN, 0], True), ([0, 1], False), ([NAN, NAN], False), ([], False)))

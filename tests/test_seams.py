@@ -15,6 +15,9 @@ SEAMS = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_compute_loss": ["self", "model", "inputs"],
+    "_generate": ["self", "prompts"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "log": ["self", "logs", "start_time"],
 }
 READ = {   # attributes that TRL sets and tirlab reads -> the method that sets them

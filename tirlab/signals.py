@@ -17,17 +17,18 @@ from .advantages import BY_TURN, ESTIMATORS
 from .config import TIRConfig
 from .filters import baseline_rewards, drop_rows, filter_tokens, group_verdicts, has_answer, overlong, void_turns
 from .losses import clip_cov_mask, kl_cov_terms, positive_nll_terms, ppo_clipped, token_weights
-from .rewards import format_rewards, turn_rewards
+from .rewards import format_rewards, tool_rewards, turn_rewards
 from .shaping import shaped_outcomes
 from .trajectory import Trajectory
 
 # %% ../nbs/40b_signals.ipynb #426d9c3e
 def own_rewards(
-    args: TIRConfig,           # advantage, format_penalty
+    args: TIRConfig,           # advantage, format_penalty, tool_bonus
     trajectory: Trajectory,    # one rollout
 ) -> list[float]:              # one a turn
     "Reward of each turn without the outcome."
-    return format_rewards(trajectory, args.format_penalty) if args.advantage in BY_TURN else [0.0] * len(trajectory.turns)
+    if args.advantage not in BY_TURN: return [0.0] * len(trajectory.turns)
+    return [f + t for f, t in zip(format_rewards(trajectory, args.format_penalty), tool_rewards(trajectory, args.tool_bonus))]
 
 # %% ../nbs/40b_signals.ipynb #7f74108d
 def estimate(
@@ -43,7 +44,8 @@ def estimate(
     rewards = turn_rewards(per_turn, outcome)
     counted = baseline_rewards(rewards, void, args.void_in_baseline or args.void_filter != "trajectory")
     scale = {True: "group", False: "none"}.get(args.scale_rewards, args.scale_rewards)
-    options = {"gtpo": dict(gamma=args.gamma, normalisation=args.normalisation, scale_rewards=scale), "turn_rloo": dict(gamma=args.gamma)}
+    options = {"gtpo": dict(gamma=args.gamma, normalisation=args.normalisation, scale_rewards=scale), "turn_rloo": dict(gamma=args.gamma),
+               "mt_grpo": dict(turn_weight=args.mt_turn_weight, outcome_weight=args.mt_outcome_weight)}
     return rewards, ESTIMATORS[args.advantage](counted, group_size, **options.get(args.advantage, {}))
 
 # %% ../nbs/40b_signals.ipynb #2fb44049
