@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from tirlab import cli, interpreters, sandbox
 from tirlab.calls import RolloutLimits, run_call
-from tirlab.environments import PythonEnvironment, environment_tools, python_environment
+from tirlab.environments import PythonEnvironment, environment_tools, isolation_of, python_environment
 from tirlab.executions import Execution, Limits, SandboxFault, Status
 from tirlab.interpreters import Interpreter
 from tirlab.remote import _post, as_script, least_loaded, ray_nodes, read_answer, read_request, remote, sandbox_server
@@ -299,6 +300,23 @@ def test_ray(monkeypatch):
     assert set(calls) == {"good", "bad"}
 
 
+def test_ray_itself():
+    ray = pytest.importorskip("ray", reason="the extra tirlab[ray] is not installed")
+    path = os.path.dirname(os.path.dirname(sandbox.__file__))
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    try:
+        run = ray_nodes()
+        assert str(run("37 + 48", Limits(seconds=20))) == "85" and "ZeroDivisionError" in run("1 / 0", Limits(seconds=20)).error
+        actors = [p for p in psutil.process_iter(["cmdline"]) if "ray::Sandbox" in " ".join(p.info["cmdline"] or [])]
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(run, "import time; time.sleep(20)", Limits(seconds=30))
+            time.sleep(1)
+            for actor in actors: actor.kill()
+            assert running.result().status is Status.LOST
+        assert until(lambda: str(run("37 + 48", Limits(seconds=20))) == "85"), "Ray starts the actor again"
+    finally: ray.shutdown()
+
+
 # Interpreters
 
 def test_interpreters_are_counted(monkeypatch):
@@ -407,6 +425,13 @@ def test_a_machine_without_threads_is_a_fault_too(monkeypatch):
 def test_what_the_model_gets_wrong_is_an_observation():
     result = asyncio.run(run_call(ToolCall("python", {"code": 37}), environment_tools(PythonEnvironment()), RolloutLimits()))
     assert result.error and "code must be a string" in result.content
+
+
+def test_the_isolation_of_environments_is_told(monkeypatch):
+    monkeypatch.delenv("TIRLAB_ISOLATION", raising=False)
+    assert isolation_of([]).startswith("locked") and isolation_of([PythonEnvironment, object]).count("locked") == 1
+    assert isolation_of([python_environment(isolation="process")]).startswith("process: ")
+    assert isolation_of([python_environment(backend=run_python), PythonEnvironment]).startswith("elsewhere: a backend runs the code; locked: ")
 
 
 def test_settings_that_make_no_sense():
