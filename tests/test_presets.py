@@ -1,13 +1,16 @@
 """Published recipes: each trains, and each does what a hand table says it does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from test_learning import batch_and_gradient, gradient, trainer
+from test_learning import batch_and_gradient, call, gradient, trainer
 
 import tirlab.trainer
 from tirlab.cli import main
 from tirlab.config import TIRConfig
 from tirlab.losses import token_weights
+from tirlab.rewards import answer_reward
 from tirlab.presets import PRESETS, preset, preset_trainer, read_settings, train_config
 from tirlab.traces import open_run
 
@@ -27,7 +30,8 @@ def test_every_preset_trains(name, tmp_path):
     t = preset_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path)))
     t.train()
     run = open_run(t.run_dir)
-    assert t.state.global_step == 3 and len(run.index()) == 24 and all(p.isfinite().all() for p in t.model.parameters())
+    index = run.index()
+    assert t.state.global_step == 3 and index.scored_at.notna().sum() == 24 and (len(index) == 24 or t.args.oversample) and all(p.isfinite().all() for p in t.model.parameters())
     for key, value in PRESETS[name].sets.items():
         assert getattr(t.args, key) == value or key in SMALL
     assert t.args.learning_rate == 1e-4 and t.num_generations == 4
@@ -51,11 +55,20 @@ def of_turns(t, inputs, row):
 
 
 def test_gtpo_gives_turns_their_discounted_return(tmp_path, monkeypatch):
-    t = scripted("gtpo", tmp_path, monkeypatch)
+    t = scripted("gtpo", tmp_path, monkeypatch, code_shaping=0.0)
     inputs, *_ = batch_and_gradient(t)
     returns = torch.tensor([0.9, 1.0, 0, 0, 0, -0.1, 0, -0.09, -0.1, 0])      # the first group, turn by turn
     wanted = (returns - returns.mean()) / returns.std()
     assert of_turns(t, inputs, 0) + of_turns(t, inputs, 1) + of_turns(t, inputs, 2) + of_turns(t, inputs, 3) == pytest.approx(wanted.tolist(), abs=1e-3)
+
+
+def test_gtpo_rewards_code_like_that_of_the_success(tmp_path, monkeypatch):
+    "Member 0 succeeds with 37+48; the second differs in a number, the third is something else, the fourth the same code: half, and no more, is to be had."
+    scripts = [[call(code), answer] for code, answer in (("37+48", "85"), ("37+49", "86"), ("print()", "x"), ("37+48", "7"))]
+    t = trainer(tmp_path, monkeypatch, scripts=scripts, rewards=lambda completions, **kwargs: [float(i % 4 == 0) for i in range(8)], **preset("gtpo", num_generations=4, trace=False))
+    batch_and_gradient(t)
+    right, near, far, same = t._credit(4)[0][:4].nan_to_num().sum(1).tolist()
+    assert right == 1 and same == pytest.approx(0.5) and 0 == far < near < 0.5
 
 
 def test_mt_grpo_adds_the_advantage_of_a_turn(tmp_path, monkeypatch):
@@ -83,13 +96,15 @@ def kept(t):
 def test_simpletir_leaves_void_rollouts_out(tmp_path, monkeypatch):
     assert kept(scripted("simpletir", tmp_path, monkeypatch)) == [True, True, False, False] * 2
     hard = lambda completions, **kwargs: [float(i % 4 < 2 and i >= 4) for i in range(len(completions))]      # first group all wrong
-    assert kept(scripted("simpletir", tmp_path / "b", monkeypatch, rewards=hard)) == [False] * 4 + [True, True, False, False]
+    assert kept(scripted("simpletir", tmp_path / "b", monkeypatch, rewards=hard, oversample=0)) == [False] * 4 + [True, True, False, False]
+    assert kept(scripted("simpletir", tmp_path / "c", monkeypatch, rewards=hard)) == [True, True, False, False] * 2, "sampled again"
 
 
 def test_dapo_leaves_equal_groups_out_and_clips_higher(tmp_path, monkeypatch):
     equal = lambda completions, **kwargs: [float(i % 4 < 2 or i >= 4) for i in range(len(completions))]      # second group all right
     t = scripted("dapo", tmp_path, monkeypatch, rewards=equal)
-    assert kept(t) == [True] * 4 + [False] * 4 and (t.epsilon_low, t.epsilon_high) == (0.2, 0.28)
+    assert kept(scripted("dapo", tmp_path / "b", monkeypatch, rewards=equal, oversample=0)) == [True] * 4 + [False] * 4
+    assert kept(t) == [True] * 8 and (t.epsilon_low, t.epsilon_high) == (0.2, 0.28)
 
 
 def test_clip_cov_takes_tokens_out(tmp_path, monkeypatch):
@@ -136,6 +151,43 @@ def test_tool_rl_box_is_held_to_the_reference(tmp_path, monkeypatch):
     assert "ref_per_token_logps" not in batch_and_gradient(scripted("mt_grpo", tmp_path / "b", monkeypatch))[0]
 
 
+def test_prorl_resets_reference_and_moments(tmp_path, monkeypatch):
+    t = scripted("prorl", tmp_path, monkeypatch, ref_model_sync_steps=1, reset_optimizer_steps=1, steps_per_generation=1, learning_rate=1e-3)
+    start = t.model.lm_head.weight.clone()
+    t.train()
+    assert not torch.equal(start, t.model.lm_head.weight) and torch.equal(t.ref_model.lm_head.weight, t.model.lm_head.weight) and not t.optimizer.state
+    assert (t.epsilon_low, t.epsilon_high, t.temperature) == (0.2, 0.4, 1.2)
+
+
+def test_mopps_learns_which_prompts_teach(tmp_path, monkeypatch):
+    t = scripted("mopps", tmp_path, monkeypatch, steps=2)
+    t.train()
+    assert sum(sum(c) - 2 for c in t._batches.more.counts.values()) == 2 * 8      # what was seen beside the prior: two batches of eight rollouts
+
+
+def test_arpo_keeps_successes_for_groups_without_one(tmp_path, monkeypatch):
+    t = scripted("arpo", tmp_path, monkeypatch)
+    t.train()
+    assert [len(q) for q in t._batches.replay.kept.values()] == [1, 2]      # rewards 1 0 0 0 and 1 0 0 1
+
+
+def test_empo_needs_no_answers(tmp_path, monkeypatch):
+    "Members say 85, x, 7 and 9, then all but one say the same."
+    assert [row[0] for row in _rewards("empo", ["85", "85", "85", "9"], tmp_path)] == [0.75, 0.75, 0.75, 0.25]
+
+
+def test_rlcr_takes_the_brier_score_off(tmp_path):
+    said = [f"<answer>{a}</answer><confidence>{q}</confidence>" for a, q in (("85", 0.8), ("85", 0.0), ("7", 0.8), ("7", 0.0))]
+    assert [row[0] for row in _rewards("rlcr", said, tmp_path)] == pytest.approx([0.96, 0.0, -0.64, 0.0])
+
+
+def _rewards(name, said, tmp_path):
+    "What a preset's trainer gives to four final messages on one prompt whose answer is 85."
+    t = preset_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path)))
+    prompt, t.environments, t._batch = [{"role": "user", "content": "How many?"}], [], [SimpleNamespace(turns=[1])] * 4
+    return t._calculate_rewards([{"prompt": prompt, "answer": "85"}] * 4, [prompt] * 4, [[{"role": "assistant", "content": s}] for s in said], [[1]] * 4).tolist()
+
+
 # ---- arguments
 
 
@@ -143,7 +195,7 @@ def test_presets_name_arguments_that_exist_and_differ_from_the_defaults():
     default = TIRConfig()
     for name, p in PRESETS.items():
         TIRConfig(**p.sets)
-        assert p.paper and p.inferred and (p.lora or any(getattr(default, k) != v for k, v in p.sets.items())), name
+        assert p.paper and p.inferred and (p.lora or p.reward is not answer_reward or any(getattr(default, k) != v for k, v in p.sets.items())), name
     with pytest.raises(ValueError, match="Unknown recipe 'ppo'; choose one of gtpo, "):
         preset("ppo")
 

@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'TRAIN_KEYS', 'Preset', 'preset', 'read_settings', 'train_
 import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 # %% ../nbs/44a_presets.ipynb #e29aab7b
 import yaml
@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, PrinterCallback
 # %% ../nbs/44a_presets.ipynb #735232e2
 from .config import TIRConfig
 from .recipes import RewardBar
+from .confidence import agreement_reward, rlcr_reward
 from .rewards import answer_reward
 from .tasks import ENVIRONMENTS, make_tasks
 from .tiny import tiny_policy
@@ -31,42 +32,51 @@ class Preset:
     sets: dict[str, Any]      # arguments of `TIRConfig`
     inferred: str             # what the paper does not say, and what of it is not here
     lora: dict[str, Any] | None = None   # arguments of peft's `LoraConfig`; None trains all weights
+    reward: Callable = answer_reward     # TRL reward function
 
 # %% ../nbs/44a_presets.ipynb #59d89307
 _CREDIT = {
-    "gtpo": Preset("GTPO, 2511.14846", dict(advantage="gtpo", gamma=0.9, normalisation="pooled", format_penalty=0.1),
+    "gtpo": Preset("GTPO, 2511.14846", dict(advantage="gtpo", gamma=0.9, normalisation="pooled", format_penalty=0.1, code_shaping=0.5),
         "gamma and the penalty come from re-implementations that cite the paper; which returns are compared is not known (here all of the group), nor are clip, KL and loss. "
-        "The reward for code like that of successes is a reward function (`tirlab.shaping`), not set."),
+        "Code is compared by its n-grams, the paper's embedding is a service."),
     "dr_grpo": Preset("Dr. GRPO, 2503.20783", dict(advantage="dr_grpo", loss_type="dr_grpo"), "Learning rate, batch and clip are TRL's defaults."),
     "lite_ppo": Preset("Lite PPO, 2508.08221", dict(advantage="lite_ppo", loss_type="dapo", epsilon=0.2, beta=0.0),
         "The token mean is taken over all processes, TRL's `dapo`; the clip is PPO's 0.2."),
     "rloo": Preset("RLOO, 2402.14740", dict(advantage="rloo", loss_type="dr_grpo", num_iterations=1, steps_per_generation=1),
         "REINFORCE's sum over tokens is divided by a constant, TRL's `dr_grpo`; one update a batch keeps all ratios at 1, so no clip acts. The paper's KL penalty in the reward is not set."),
-    "mt_grpo": Preset("MT-GRPO, 2505.11821", dict(advantage="mt_grpo"),
-        "Weights 1 as in the authors' code, written for two turns: the extension to more is ours. A turn's own reward is the format penalty here, not the paper's; the rest is TRL's defaults."),
+    "mt_grpo": Preset("MT-GRPO, 2505.11821", dict(advantage="mt_grpo", tool_bonus=0.1),
+        "Weights 1 as in the authors' code, written for two turns: the extension to more is ours. A turn's own reward is a bonus for calls that worked, of a size that is ours, and the format penalty; the rest is TRL's defaults."),
 }
 
 # %% ../nbs/44a_presets.ipynb #71f648be
 _FILTERS = {
     "simpletir": Preset("SimpleTIR, 2509.02479", dict(void_filter="trajectory", void_turns="stop", malformed_calls="stop", first_call_only=True,
         max_observation_chars=512, max_tool_calling_iterations=4, epsilon=0.2, epsilon_high=0.28, delta=3.0, beta=0.0, min_reward_std=1e-3,
-        accuracy_band=[0.1, 0.9], min_valid=4, mask_truncated_completions=True, num_generations=16, steps_per_generation=4, learning_rate=1e-6),
-        "Clip, learning rate and group are the repository's, the paper gives none. The band is its README's. Groups left out are not sampled again (it oversamples 2-3 times). "
+        accuracy_band=[0.1, 0.9], min_valid=4, oversample=2.0, oversample_rounds=1, mask_truncated_completions=True, num_generations=16, steps_per_generation=4, learning_rate=1e-6),
+        "Clip, learning rate and group are the repository's, the paper gives none. The band is its README's. It samples 2-3 times as many prompts at once; here once more, twice as many as are missing. "
         "Plain text counts as an answer: for mathematics give answer_pattern=\\\\boxed, and call_format=fenced for its code blocks. Loss: mean over tokens as in the code, not by rollout as in the paper."),
     "dapo": Preset("DAPO, 2503.14476", dict(epsilon=0.2, epsilon_high=0.28, loss_type="dapo", beta=0.0, mask_truncated_completions=True,
-        min_reward_std=1e-3, num_generations=16, steps_per_generation=16, learning_rate=1e-6),
-        "Groups of equal rewards are left out, not replaced by new samples. Rollouts that are cut off are left out; the soft penalty for length is a reward function, not set. Group, updates a batch and learning rate are from memory."),
+        min_reward_std=1e-3, oversample=1.0, oversample_rounds=9, num_generations=16, steps_per_generation=16, learning_rate=1e-6),
+        "Groups of equal rewards are sampled again at most nine times (verl's limit is ten batches). Rollouts that are cut off are left out; the soft penalty for length is a reward function, not set. Group, updates a batch and learning rate are from memory."),
 }
 
 # %% ../nbs/44a_presets.ipynb #32b63e6c
 _LOSS = {
     "clip_cov": Preset("Clip-Cov, 2505.22617", dict(clip_cov_ratio=2e-4, clip_cov_bounds=[1.0, 5.0], epsilon=0.2, beta=0.0, num_generations=8,
-        steps_per_generation=8),
-        "Ratio and bounds are verl's defaults. Groups of equal rewards are not replaced by new samples; the learning rate is TRL's."),
-    "kl_cov": Preset("KL-Cov, 2505.22617", dict(kl_cov_ratio=2e-3, kl_cov_coef=1.0, epsilon=1e6, beta=0.0, num_generations=8, steps_per_generation=8),
-        "Ratio and coefficient of the 7B recipe (verl's defaults: 2e-4, and 0.1 or 1). No clip, as in verl's loss, although the recipe names 0.2. Groups of equal rewards are not replaced."),
+        min_reward_std=1e-3, oversample=1.0, steps_per_generation=8),
+        "Ratio and bounds are verl's defaults. Groups of equal rewards are sampled again, at most three times; the learning rate is TRL's."),
+    "kl_cov": Preset("KL-Cov, 2505.22617", dict(kl_cov_ratio=2e-3, kl_cov_coef=1.0, epsilon=1e6, beta=0.0, num_generations=8, min_reward_std=1e-3, oversample=1.0, steps_per_generation=8),
+        "Ratio and coefficient of the 7B recipe (verl's defaults: 2e-4, and 0.1 or 1). No clip, as in verl's loss, although the recipe names 0.2. Groups of equal rewards are sampled again, at most three times."),
     "thor_nll": Preset("THOR, 2509.13761", dict(positive_nll_coef=0.1),
         "The weight is ours: the paper's was not found. Only its likelihood of successes is here, not its step-level learning nor its filter of failed executions."),
+}
+
+# %% ../nbs/44a_presets.ipynb #3326095d
+_PROMPTS = {
+    "mopps": Preset("MoPPS, 2507.04632", dict(prompt_sampling="mopps", mopps_pool=16, mopps_decay=1.0, num_generations=8), "A reward above 0.5 is a success; the rest is TRL's defaults."),
+    "arpo": Preset("ARPO, 2505.16282", dict(replay_successes=8, num_generations=8), "Buffer size, draw and what counts as a success (a reward above 0.5) are ours; the rest is TRL's defaults."),
+    "empo": Preset("EMPO, 2504.05812", dict(num_generations=8), "Rewards agreement, needs no reference answers. Its band of entropies for prompts that are neither settled nor hopeless is not known and not set.", reward=agreement_reward),
+    "rlcr": Preset("RLCR, 2507.16806", dict(beta=0.0, num_generations=8), "Its prompt, which asks for a confidence in tags, is yours to give: without it every rollout counts as unsure of nothing.", reward=rlcr_reward),
 }
 
 # %% ../nbs/44a_presets.ipynb #eaf3b6d2
@@ -74,11 +84,14 @@ _SETTINGS = {
     "tina_lora": Preset("Tina, 2504.15777", dict(num_generations=4, learning_rate=1e-6),
         "Its \"dense\" is taken for o_proj, the name in Qwen2. Its two rewards, accuracy and format 2:1, are yours to give as reward functions.",
         dict(r=32, lora_alpha=128, lora_dropout=0.05, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])),
+    "prorl": Preset("ProRL, 2505.24864", dict(epsilon=0.2, epsilon_high=0.4, temperature=1.2, beta=1e-3, min_reward_std=1e-3, oversample=1.0, sync_ref_model=True, ref_model_mixup_alpha=1.0,
+        ref_model_sync_steps=200, reset_optimizer_steps=200, num_generations=16, steps_per_generation=4, learning_rate=2e-6),
+        "Clip, temperature, learning rate, group and KL weight are from memory. It resets reference and optimiser when validation stagnates; here every 200 steps."),
     "tool_rl_box": Preset("Why multi-step tool-use RL collapses, 2606.26027", dict(num_generations=8, steps_per_generation=3, learning_rate=1e-6,
         warmup_steps=10, beta=1e-4, temperature=1.0, max_turn_length=2048, max_tool_calling_iterations=29),
         "Its plain GRPO, the run that collapses, without supervision; from the repository's scripts. Tool output is cut at our default of characters, not at its 1,024 tokens."),
 }
-PRESETS = {**_CREDIT, **_FILTERS, **_LOSS, **_SETTINGS}
+PRESETS = {**_CREDIT, **_FILTERS, **_LOSS, **_PROMPTS, **_SETTINGS}
 
 # %% ../nbs/44a_presets.ipynb #90b4c82f
 def preset(
@@ -157,7 +170,7 @@ def preset_trainer(
     args = train_config({k: v for k, v in given.items() if k not in TRAIN_KEYS}, **dict(output_dir="runs", disable_tqdm=True) | sets)
     level, n = _number("level", what["level"], 10), _number("n", what["n"], 10**5)   # harder ones are hardly ever drawn
     tasks = make_tasks(what["tasks"], "train", n, args.seed, level)
-    return TIRTrainer(what["model"] or tiny_policy(), answer_reward, args, tasks, environment_factory=ENVIRONMENTS, peft_config=_lora(what["recipe"]))
+    return TIRTrainer(what["model"] or tiny_policy(), PRESETS[what["recipe"]].reward, args, tasks, environment_factory=ENVIRONMENTS, peft_config=_lora(what["recipe"]))
 
 # %% ../nbs/44a_presets.ipynb #dcd85bb7
 def train_preset(

@@ -22,7 +22,6 @@ from .formats import make_format
 from .recorder import Recorder
 from .sandbox import sandbox_level
 from .traces import RunWriter, trace_id
-from .trajectory import Trajectory
 
 # %% ../nbs/40d_recording.ipynb #70a5ab3b
 def step_on_record(
