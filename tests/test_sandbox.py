@@ -157,6 +157,31 @@ def test_stalled_server_is_replaced(monkeypatch):
     assert server() != first and gone(first.pid)
 
 
+def test_stalled_server_loses_what_had_begun_and_does_not_repeat_it(monkeypatch, tmp_path):
+    run_python("1", isolation="process")
+    first = psutil.Process(sandbox._servers["process", "bare"].process.pid)
+    monkeypatch.setattr(sandbox, "_PATIENCE", 1), monkeypatch.setattr(sandbox, "_GRACE", 0.1)
+    code = f"import time; open('{tmp_path}/begun', 'a').write('x'); time.sleep(20)"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_python, code, Limits(seconds=0.2), "process")
+        assert wait_until((tmp_path / "begun").exists)
+        first.suspend()
+        assert running.result().status is Status.LOST
+    assert str(run_python("37 + 48", isolation="process")) == "85" and gone(first.pid)
+    assert (tmp_path / "begun").read_text() == "x"
+
+
+def test_a_slow_server_makes_no_timeout_of_what_ended_in_time():
+    zygote = server()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_python, "import os, time; os.mkdir('begun'); time.sleep(0.1); print(37)", Limits(seconds=0.5))
+        assert wait_until(lambda: list(Path(sandbox._servers[BARE].folder).glob("*/begun")))
+        zygote.suspend()
+        time.sleep(0.7)
+        zygote.resume()
+        assert (running.result().status, running.result().stdout) == (Status.OK, "37\n")
+
+
 def test_interrupt_ends_the_execution():
     zygote = server()
     def interrupt(*_): raise KeyboardInterrupt

@@ -98,7 +98,8 @@ _SIGNALS = {s.value: s.name for s in signal.Signals}
 def judge(facts: Facts, limits: Limits) -> tuple[Status, str]:
     "Status and error of an execution."
     if facts.fault or facts.began is None: return Status.LOST, f"SandboxError: {facts.fault or 'it never began'}"
-    if facts.stop is Status.TIMEOUT: return facts.stop, f"TimeoutError: still running after {limits.seconds:g} seconds"
+    killed = not facts.last or facts.last.startswith(b"x -9 ")   # else it had ended by itself, and only word of it came late
+    if facts.stop is Status.TIMEOUT and killed: return facts.stop, f"TimeoutError: still running after {limits.seconds:g} seconds"
     if facts.stop is Status.FLOOD: return facts.stop, f"OutputError: more than {limits.flood_mb:g} MB printed"
     if not facts.last: return Status.LOST, "SandboxError: the sandbox was restarted while this ran"
     exit_code, cpu, reason = (facts.last[2:].decode() + " ").split(" ")[:3]

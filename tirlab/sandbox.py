@@ -177,7 +177,7 @@ def _collect(channel: _Channel, limits: Limits, turn: bool = False) -> Facts:
                 if early and facts.began: deadline = facts.began + limits.seconds
         if channel.control.fileno() in ready: facts.last = _receive(channel.control) or b""
         late = time.monotonic() >= deadline
-        if late and (facts.stop or facts.began is None): raise TimeoutError
+        if late and (facts.stop or facts.began is None): raise TimeoutError(facts.began)
         if not facts.stop and (late or len(facts.out) > flood) and facts.last is None and not (turn and facts.report):
             facts.stop, deadline = Status.TIMEOUT if late else Status.FLOOD, time.monotonic() + _PATIENCE
             channel.control.shutdown(socket.SHUT_WR)
@@ -221,7 +221,9 @@ def run_python(
             try:
                 channel = _send(server, mode, content, limits)
                 facts = _collect(channel, limits)
-            except TimeoutError: _serving(level, profile, dead=server)
+            except TimeoutError as e:
+                _serving(level, profile, dead=server)
+                if e.args[0]: break   # it had begun
             except OSError: continue
             else:
                 if facts.began or facts.fault: return conclude(facts, *judge(facts, limits), limits)
