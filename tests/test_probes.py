@@ -224,6 +224,13 @@ def test_prompt_learning_is_refused():
     with pytest.raises(ProbeError, match="Prompt learning"), ControlProbe(TOKENS).watch(wrapped): pass
 
 
+def test_compiled_models_are_refused():
+    model = make("Qwen2 untied")
+    with pytest.raises(ProbeError, match="Qwen2ForCausalLM is compiled.*torch_compile"), ControlProbe(TOKENS).watch(torch.compile(model)): pass
+    model.compile()
+    with pytest.raises(ProbeError, match="compiled"), ControlProbe(TOKENS).watch(model): pass
+
+
 # Bad input
 
 class Odd(nn.Module):

@@ -258,6 +258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tirlab.environments.check_tool': ('environments.html#check_tool', 'tirlab/environments.py'),
                                      'tirlab.environments.environment_tools': ( 'environments.html#environment_tools',
                                                                                 'tirlab/environments.py'),
+                                     'tirlab.environments.isolation_of': ('environments.html#isolation_of', 'tirlab/environments.py'),
                                      'tirlab.environments.observe': ('environments.html#observe', 'tirlab/environments.py'),
                                      'tirlab.environments.python_environment': ( 'environments.html#python_environment',
                                                                                  'tirlab/environments.py')},

@@ -68,7 +68,7 @@ def single_tokens(
 # %% ../nbs/30_probes.ipynb #bead632a
 def _bare(model):
     "The causal language model inside its wrappers."
-    while hasattr(model, "module"): model = model.module
+    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None: model = inner
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 def check_head(
@@ -83,6 +83,7 @@ def check_head(
     if hasattr(head, "base_layer"): raise ProbeError(f"The head of {name} carries an adapter, which TRL's fused head leaves out of the loss; take `lm_head` out of target_modules, or switch the probe off.")
     if any(c.is_prompt_learning for c in configs): raise ProbeError("Prompt learning puts positions before the labels that the probe cannot place; switch the probe off.")
     rows = head.out_features if hasattr(head, "out_features") else len(head.weight)
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None): raise ProbeError(f"{name} is compiled, and listening would have it compiled anew at each step; switch off the probe or torch_compile.")
     if ids and max(ids) >= rows: raise ProbeError(f"Control token {max(ids)} is not among the {rows} of the head of {name}; tokenizer and model do not belong together.")
 
 # %% ../nbs/30_probes.ipynb #4f9a349c
