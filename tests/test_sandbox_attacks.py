@@ -488,7 +488,7 @@ def eaten(request, hosts):
         attacks = [pool.submit(one, name) for name in RESOURCES if name not in left_out]
         beside = pool.submit(honest, lambda: not all(a.done() for a in attacks))
         for a in [*attacks, beside]: a.result(60)
-    assert len(work) > 10 and set(work) == {"4999950000\n"}
+    assert set(work) == {"4999950000\n"}
     return results
 
 
