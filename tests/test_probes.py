@@ -184,6 +184,13 @@ def test_nothing_is_left_behind():
     assert not probe._pieces
 
 
+def test_no_control_token_at_all():
+    "As where a syntax has none of its own: the squares are still there."
+    _, control, squares = watched(make("Qwen2 tied"), ControlProbe({}), *batch())
+    assert control.shape == (5, 9, 0) and squares.isfinite().any()
+    assert token_roles([Trajectory([0], [], StopReason.FAILED)], {}, 2).forbidden.shape == (1, 2, 0)
+
+
 def test_two_probes_at_once():
     model, (ids, mask, labels) = make("Qwen2 tied"), batch()
     a, b = ControlProbe({"a": 3}), ControlProbe({"b": 7})

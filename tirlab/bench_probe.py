@@ -135,7 +135,7 @@ def bench_probe(
     for f in (plain, watched): f()   # the first steps make the gradients
     memory = [peak_memory(f, model) for f in (watched, plain)]
     steps = in_turn([watched, plain, plain], device, repeats if (shape, device.type) == ("0.5b", "cpu") else 16 * repeats, "bench probe")
-    few, scored = 256 if device.type == "cpu" else 8192, int((batch["labels"] != -100).sum())
+    few, scored = 256 if device.type == "cpu" else 2048, int((batch["labels"] != -100).sum())
     extra = in_turn(list(extra_work(model.config.hidden_size, few, device, model.dtype)), device, max(repeats, 5) + 1)[1:, :, 0]
     step, full, probe = (x.median().item() for x in (steps[:, 1, 0], *(extra.unbind(1))))
     return dict(shape=shape, device=str(device), dtype=str(model.dtype).removeprefix("torch."), repeats=repeats, control_tokens=len(SIX), step_tokens=batch["input_ids"].numel(), scored_tokens=scored,

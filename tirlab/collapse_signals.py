@@ -36,18 +36,18 @@ def legal(
 
 # %% ../nbs/31a_collapse_signals.ipynb #285632a5
 def inside_calls(
-    ids: np.ndarray,    # (T,) token ids
-    turn: np.ndarray,   # (T,) number of the turn that wrote the token, -1 for an observation
+    ids: np.ndarray,    # (B, T) token ids
+    turn: np.ndarray,   # (B, T) number of the turn that wrote the token, -1 for an observation
     opening: int,       # token that opens a call
     closing: int,       # token that closes it
-) -> np.ndarray:        # (T,) bool, true where an opened call waits to be closed
+) -> np.ndarray:        # (B, T) bool, true where an opened call waits to be closed
     "Where the next token stands inside a call."
-    at, wrote = np.arange(len(ids)), turn >= 0
+    at, wrote = np.arange(ids.shape[1]), turn >= 0
     tag = wrote & ((ids == opening) | (ids == closing))
-    last = np.maximum.accumulate(np.where(tag, at, -1))
-    before = np.concatenate([[-1], last[:-1]]) if len(ids) else last
-    same = turn[np.maximum(before, 0)] == turn
-    return (before >= 0) & same & wrote & (ids[np.maximum(before, 0)] == opening)
+    last = np.maximum.accumulate(np.where(tag, at, -1), 1)
+    before = np.concatenate([np.full((len(ids), 1), -1), last], 1)[:, :-1]
+    there = lambda x: np.take_along_axis(x, np.maximum(before, 0), 1)
+    return wrote & (before >= 0) & (there(turn) == turn) & (there(ids) == opening)
 
 # %% ../nbs/31a_collapse_signals.ipynb #ad4274e4
 @dataclass(frozen=True)
@@ -59,10 +59,14 @@ class Roles:
     turn: Tensor         # (B, T) int64, number of the turn that wrote the token, -1 elsewhere
 
 # %% ../nbs/31a_collapse_signals.ipynb #091491c3
-def _forbidden(rule, inside, start, wrote):
-    "Where one control token must not appear."
-    nowhere = np.zeros_like(wrote)
-    return wrote & {"outside": inside, "inside": ~inside, "end": inside | start, "anywhere": nowhere, "never": ~nowhere}[rule]
+def _tables(trajectories, width):
+    "(B, T) token ids, -1 where there is none, and the number of the turn that wrote each, -1 where none did."
+    ids, turn = np.full((2, len(trajectories), width), -1)
+    for i, t in enumerate(trajectories):
+        made = t.completion_ids
+        ids[i, :len(made)] = made
+        turn[i, :len(made)] = np.repeat([x for j in range(len(t.turns)) for x in (j, -1)], [len(x) for u in t.turns for x in (u.ids, u.observation_ids)])
+    return ids, turn
 
 def token_roles(
     trajectories: list[Trajectory],   # B rollouts
@@ -71,21 +75,16 @@ def token_roles(
     end: str = "<|im_end|>",          # end-of-turn token, by name
 ) -> Roles:
     "Roles of all positions of a batch."
-    B, K = len(trajectories), len(tokens)
-    sampled, forbidden = np.zeros((B, width, K), bool), np.zeros((B, width, K), bool)
-    start, turns = np.zeros((B, width), bool), np.full((B, width), -1)
-    opening, closing = (tokens.get(m, -1) for m in JSON.markers)
-    tagged = {opening, closing}.isdisjoint({-1})   # else nobody knows what is inside a call
-    rules = {name: rule if tagged or rule in ("end", "never") else "anywhere" for name in tokens for rule in [legal(name, end)]}
-    for i, t in enumerate(trajectories):
-        ids, turn = np.array(t.completion_ids, int)[:width], np.array(t.turn_of_token, int)[:width]
-        wrote, inside = turn >= 0, inside_calls(ids, turn, opening, closing) & tagged
-        first = wrote & (np.concatenate([[-1], turn[:-1]])[:len(turn)] != turn)
-        turns[i, :len(ids)], start[i, :len(ids)] = turn, first
-        for k, (name, token) in enumerate(tokens.items()):
-            sampled[i, :len(ids), k] = wrote & (ids == token)
-            forbidden[i, :len(ids), k] = _forbidden(rules[name], inside, first, wrote)
-    return Roles(*map(torch.from_numpy, (sampled, start, forbidden, turns)))
+    ids, turn = _tables(trajectories, width)
+    wrote, before = turn >= 0, np.concatenate([np.full((len(ids), 1), -1), turn], 1)[:, :-1]
+    start, (opening, closing) = wrote & (before != turn), (tokens.get(m) for m in JSON.markers)
+    tagged = opening is not None and closing is not None   # else nobody knows what is inside a call
+    inside = inside_calls(ids, turn, opening, closing) if tagged else np.zeros_like(wrote)
+    places = {"outside": inside, "inside": wrote & ~inside & tagged, "end": inside | start, "anywhere": np.zeros_like(wrote), "never": wrote}
+    forbidden = np.zeros((*ids.shape, len(tokens)), bool)
+    for k, name in enumerate(tokens): forbidden[..., k] = places[legal(name, end)]
+    sampled = wrote[..., None] & (ids[..., None] == np.array(list(tokens.values()), int))
+    return Roles(*map(torch.from_numpy, (sampled, start, forbidden, turn)))
 
 # %% ../nbs/31a_collapse_signals.ipynb #fe35a0ef
 def metric_name(
@@ -101,11 +100,11 @@ def spread(
     prefix: str,      # of the names
 ) -> dict[str, float]:
     "Mean, 10th, 50th and 90th percentile and maximum, or nothing where there are no numbers."
-    x = values.detach().double().cpu().numpy()
+    x = values.detach().float().cpu().numpy()
     x = x[~np.isnan(x)]
     if not len(x): return {}
-    quantiles = {f"{prefix}_p{q}": float(np.quantile(x, q / 100)) for q in (10, 50, 90)}
-    return {f"{prefix}_mean": float(x.mean()), **quantiles, f"{prefix}_max": float(x.max())}
+    numbers = [x.mean(dtype="float64"), *np.quantile(x, (0.1, 0.5, 0.9)), x.max()]
+    return {f"{prefix}_{what}": float(n) for what, n in zip(("mean", "p10", "p50", "p90", "max"), numbers)}
 
 def control_signals(
     seen: Probed,    # what the loss's forward pass says

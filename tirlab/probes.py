@@ -116,7 +116,7 @@ def _score(self: ControlProbe, apply, hidden, weight, bias, targets, temperature
     if scored is None: return apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
     out, (mask, rows) = apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, (*outputs, "log_sum_sq_probs")), scored
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-    ids = torch.tensor(list(self.tokens.values()), device=hidden.device)
+    ids = torch.tensor(list(self.tokens.values()), dtype=torch.long, device=hidden.device)
     read = lambda i: control_logprobs(hidden[i], weight, bias, targets[i], out[0][i], ids, temperature, softcap, scale, dtype)
     control = torch.cat([read(i) for i in rows.split(CHUNK)])
     self._pieces.append((_spread(control, mask), _spread(out[2][rows], mask), mask))
@@ -165,7 +165,7 @@ def read(
     if not pieces and not self.off: self._fail("The model was not run through TRL's fused head while the probe was watching; let a TRL trainer prepare it, or switch the probe off.")
     if pieces:
         control, squares, mask = (torch.cat(p)[:, -like.shape[1]:] for p in zip(*pieces))
-        bad = (control.isnan().any(-1) & mask).nonzero()
+        bad = ((control.isnan().any(-1) | squares.isnan()) & mask).nonzero()
         if not len(bad): return control, squares
         self._fail(f"Logits are NaN at {len(bad)} positions, first in row {bad[0, 0]} at completion token {bad[0, 1]}.")
     return torch.full((*like.shape, len(self.tokens)), torch.nan, device=like.device), torch.full_like(like, torch.nan, dtype=torch.float32, requires_grad=False)
