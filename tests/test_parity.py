@@ -173,7 +173,7 @@ def assert_same(ours, theirs):
     assert ours["seen"] == theirs["seen"] and ours["resets"] == theirs["resets"]
     assert len(ours["batches"]) == len(theirs["batches"]) > 1
     for a, b in zip(ours["batches"], theirs["batches"]):
-        assert set(b) <= set(a) <= set(b) | {"record", "tool_mask"}
+        assert set(b) <= set(a) <= set(b) | {"record", "row", "wrote", "tool_mask"}
         for key, value in b.items():
             assert torch.equal(a[key], value), key
     for key in ("losses", "parameters"):

@@ -310,6 +310,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tirlab.fork_server.become_child': ('fork_server.html#become_child', 'tirlab/fork_server.py'),
                                     'tirlab.fork_server.begin': ('fork_server.html#begin', 'tirlab/fork_server.py'),
                                     'tirlab.fork_server.clear': ('fork_server.html#clear', 'tirlab/fork_server.py'),
+                                    'tirlab.fork_server.collect': ('fork_server.html#collect', 'tirlab/fork_server.py'),
                                     'tirlab.fork_server.confine': ('fork_server.html#confine', 'tirlab/fork_server.py'),
                                     'tirlab.fork_server.finish': ('fork_server.html#finish', 'tirlab/fork_server.py'),
                                     'tirlab.fork_server.kill': ('fork_server.html#kill', 'tirlab/fork_server.py'),

@@ -170,7 +170,7 @@ def finish(
     run: Run,      # an execution that has been reaped
     word: bytes,   # last word to its client
 ):
-    "Clear its folder away, then tell its client."
+    "See to its folder, then tell its client."
     clear(run.slot)
     tell(run.control, word)
     os.close(run.control)
@@ -179,21 +179,35 @@ def finish(
 def clear(
     slot: Slot,   # of an execution that has ended
 ):
-    "Delete what the code has left. The folder itself is kept where nobody can have tampered with it."
+    "Delete what the code has left. The folder itself is kept where nobody can have tampered with it, and little was in it."
     if slot.ruleset == -1: return remove(slot.home)
-    with contextlib.suppress(OSError):
-        if not (left := list(os.scandir(slot.home))): return clean.append(slot)   # as it mostly is
-        for entry in left: (remove if entry.is_dir(follow_symlinks=False) else os.unlink)(entry.path)
-        if not os.listdir(slot.home): return clean.append(slot)
+    with contextlib.suppress(OSError), os.scandir(slot.home) as entries:
+        left = list(itertools.islice(entries, 33))   # none, mostly
+        if len(left) < 33:
+            for entry in left: (os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink)(entry.path)
+            return clean.append(slot)
     os.close(slot.ruleset), remove(slot.home)
+
+removers = set()   # processes
 
 def remove(
     folder: str,   # any
 ):
-    "Delete a folder with all that is in it, also what was made unreadable."
+    """Delete a folder with all that is in it, also what was made unreadable. That may take seconds, in which others want to be watched and
+    killed, so it is left to another process."""
     with contextlib.suppress(OSError): return os.rmdir(folder)
     command = ["/bin/sh", "-c", 'exec 2>/dev/null; chmod -R u+rwx "$1"; rm -rf "$1"', "sh", folder]
-    os.waitpid(os.posix_spawn("/bin/sh", command, {"PATH": "/usr/bin:/bin"}), 0)   # `subprocess` would load threading, for which every fork pays
+    with contextlib.suppress(OSError):   # `subprocess` would load threading, for which every fork pays
+        removers.add(os.posix_spawn("/bin/sh", command, {"PATH": "/usr/bin:/bin"}))
+
+def collect(
+    options: int,   # os.WNOHANG, or 0 to wait for all of them
+):
+    "Let removers go that are done."
+    for pid in list(removers):
+        try: done = os.waitpid(pid, options)[0]
+        except ChildProcessError: done = pid
+        if done: removers.discard(pid)
 
 # %% ../nbs/02a_fork_server.ipynb #60fdd4e9
 def parent(
@@ -279,7 +293,7 @@ def loop(
         with contextlib.suppress(FileNotFoundError): poll.unregister(fd)
     while more:
         ended = []
-        for fd, _ in poll.poll(WATCH if runs else None):
+        for fd, _ in poll.poll(WATCH if runs or removers else None):
             run = runs.get(fd)
             if fd == requests.fileno():
                 if (more := accept(requests, folder, locks)) and more is not True:
@@ -290,13 +304,14 @@ def loop(
                 ended.append((run, reap(run)))
             elif run: kill(run); forget(fd)
         now = time.monotonic()
-        if locks.rules is None and ended and (not runs or now > swept + 1): sweep({run.pid for run in runs.values()}); swept = now
+        if locks.rules is None and ended and (not runs or now > swept + 1): sweep(removers | {run.pid for run in runs.values()}); swept = now
         for run, word in ended: finish(run, word)
+        collect(os.WNOHANG)
         if now > watched + WATCH:
             for run in list({id(r): r for r in runs.values() if r.born < watched}.values()): watch(run)
             watched = now
     for run in runs.values(): kill(run)
-    sweep(set()), remove(folder)
+    sweep(set()), remove(folder), collect(0)
 
 # %% ../nbs/02a_fork_server.ipynb #650376d5
 def rehearse():

@@ -22,15 +22,13 @@ from .trajectory import Trajectory
 def trace_row(
     t: Trajectory,                        # one rollout
     piece: Callable[[int], str],          # text of one token
-    logprob: np.ndarray | None = None,    # (T,) nats, None where the loss has not seen it
-    entropy: np.ndarray | None = None,    # (T,) nats
-    **fields,                             # further columns of `TraceRow`
+    **fields,                             # further columns of `TraceRow`, those of the loss missing where it has not seen the rollout
 ) -> TraceRow:
     "A trajectory as a row of the run folder."
     ids, results = t.completion_ids, t.results
     turn = [j for j, k in enumerate(t.turns) for _ in k.ids + k.observation_ids]
     sampling = None if t.logprobs is None else [p if m else np.nan for p, m in zip(t.logprobs, t.mask)]
-    return TraceRow(ids=ids, text=[piece(i) for i in ids], mask=t.mask, turn=turn, logprob=logprob, entropy=entropy, sampling_logprob=sampling,
+    return TraceRow(ids=ids, text=[piece(i) for i in ids], mask=t.mask, turn=turn, sampling_logprob=sampling,
                     prompt_ids=t.prompt_ids, prompt_text=[piece(i) for i in t.prompt_ids], stop=t.stop.value,
                     turn_kinds=[k.kind.value for k in t.turns], calls=len(results), failed_calls=sum(r.error is not None for r in results),
                     tool_seconds=sum(r.seconds for r in results), **fields)
@@ -73,13 +71,15 @@ class Recorder:
         logprob: Tensor,       # (B, T) nats, padded on the right
         entropy: Tensor,       # (B, T) nats
         step: int,             # optimiser step
+        **more: Tensor,        # further columns, (B, T) or (B, T, K)
     ) -> bool:                 # whether everything that waited is scored now
         "Take in what the loss computed; a trajectory that is scored a second time keeps its first scores."
-        logprob, entropy = logprob.float().cpu().numpy(), entropy.float().cpu().numpy()
-        for n, lp, h in zip(numbers, logprob, entropy):
+        columns = {name: value.float().cpu().numpy() for name, value in dict(logprob=logprob, entropy=entropy, **more).items()}
+        for i, n in enumerate(numbers):
             if (row := self.waiting.get(n)) is None or "scored_at" in row: continue
             size, mask = len(row["t"].completion_ids), np.array(row["t"].mask, bool)
-            row |= dict(scored_at=step, logprob=np.where(mask, lp[:size], np.nan), entropy=np.where(mask, h[:size], np.nan))
+            scored = {name: np.where(mask if c.ndim == 2 else mask[:, None], c[i, :size], np.nan) for name, c in columns.items()}
+            row |= dict(scored_at=step, **scored)
         return bool(self.waiting) and all("scored_at" in row for row in self.waiting.values())
 
     def write(self,

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from .files import clean_text, plain
 
 # %% ../nbs/30b_rows.ipynb #27d1a285
-FLOATS = {"logprob": "float32", "entropy": "float16", "sampling_logprob": "float32", "advantage": "float32"}
+FLOATS = {"logprob": "float32", "entropy": "float16", "surprise": "float16", "sampling_logprob": "float32", "advantage": "float32"}
 TOKENS = {"ids": "int32", "mask": "int8", "turn": "int16"} | FLOATS   # dtype of each token column; `text` is the one of strings
 
 # %% ../nbs/30b_rows.ipynb #7db83855
@@ -30,6 +30,7 @@ def _settle(row) -> None:
     for name, dtype in TOKENS.items():
         value = getattr(row, name)
         put(name, np.full(n, np.nan, dtype) if value is None else np.asarray(value, dtype))
+    put("control", np.asarray(np.empty((n, 0)) if row.control is None else row.control, "float16").reshape(n, -1 if n else 0))
     for name in ("text", "prompt_text"): put(name, [clean_text(s) for s in getattr(row, name)])
     for name in ("turn_kinds", "turn_rewards", "turn_advantages"): put(name, list(getattr(row, name)))
     put("prompt_ids", np.asarray(row.prompt_ids, "int32"))
@@ -72,7 +73,9 @@ class TraceRow:
     logprob: np.ndarray | None = None           # (T,) log-probability under the policy trained, in nats; NaN where not scored
     entropy: np.ndarray | None = None           # (T,) entropy of the next-token distribution, in nats; NaN where not scored
     sampling_logprob: np.ndarray | None = None  # (T,) what the sampler reported, in nats; NaN where it gave none
+    surprise: np.ndarray | None = None          # (T,) norm of the gradient of its log-probability by the logits, 0 to sqrt(2); NaN where not scored
     advantage: np.ndarray | None = None         # (T,) what the loss multiplied it by; NaN where there was none
+    control: np.ndarray | None = None           # (T, K) log-probability of each control token named in `meta.json`, in nats; NaN where not scored
 
     def __post_init__(self): _settle(self)
 
@@ -94,6 +97,7 @@ _ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "dict": 
 def _arrow_type(f) -> pa.DataType:
     "Arrow type of a field of TraceRow: its token dtype, else by its annotation."
     if f.name in TOKENS: return pa.list_(pa.from_numpy_dtype(np.dtype(TOKENS[f.name])))
+    if f.name == "control": return pa.list_(pa.float16())
     hint = f.type.__name__ if isinstance(f.type, type) else str(f.type)
     return _ARROW[hint.removesuffix(" | None")]
 
@@ -105,7 +109,7 @@ def to_table(
     rows: list[TraceRow],   # trajectories, any number
 ) -> pa.Table:              # one row each, in the same order
     "Trajectories as an Arrow table."
-    cell = lambda v: list(v.items()) if isinstance(v, dict) else v
+    cell = lambda v: list(v.items()) if isinstance(v, dict) else v.ravel() if isinstance(v, np.ndarray) else v
     return pa.table([pa.array([cell(getattr(r, f.name)) for r in rows], f.type) for f in SCHEMA], schema=SCHEMA)
 
 # %% ../nbs/30b_rows.ipynb #53e00554
@@ -114,8 +118,8 @@ def write_parquet(
     rows: list[TraceRow],   # its rows
 ) -> None:
     "Write trajectories to a Parquet file under a temporary name, then rename it."
-    floats = [f"{name}.list.element" for name in FLOATS]
-    others = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in SCHEMA if f.name not in {*FLOATS, "rewards"}]
+    floats = [f"{name}.list.element" for name in (*FLOATS, "control")]
+    others = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in SCHEMA if f.name not in {*FLOATS, "control", "rewards"}]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pq.write_table(to_table(rows), temporary, row_group_size=ROWS_PER_GROUP, compression="zstd",
@@ -131,8 +135,8 @@ def read_row(
     "Read one trajectory, and no more than its row group."
     table = pq.ParquetFile(path).read_row_group(row // ROWS_PER_GROUP).slice(row % ROWS_PER_GROUP, 1)
     values = {name: table[name][0] for name in table.column_names if name in SCHEMA.names}
-    arrays = {name: v.values.to_numpy(zero_copy_only=False) for name, v in values.items() if name in TOKENS}
-    others = {name: v.as_py() for name, v in values.items() if name not in TOKENS}
+    arrays = {name: v.values.to_numpy(zero_copy_only=False) for name, v in values.items() if name in TOKENS or name == "control"}
+    others = {name: v.as_py() for name, v in values.items() if name not in arrays}
     return TraceRow(**others | arrays)
 
 # %% ../nbs/30b_rows.ipynb #22a5707f

@@ -36,6 +36,7 @@ from .shaping import written_code
 from .signals import estimate, extra_loss, group_reasons, is_void, keep_tokens, kept_advantages, own_rewards
 from .traces import check_folder
 from .trajectory import ToolError
+from .watching import Watch, make_probe
 
 # %% ../nbs/41_trainer.ipynb #7aac6e8e
 @contextmanager
@@ -113,7 +114,8 @@ class TIRTrainer(GRPOTrainer):
         self._batches = Batches(args, train_dataset, self.reward_weights, self.accelerator.process_index, self.accelerator.num_processes, gather_object) if train_dataset is not None else None
         if args.skip_empty_steps: self.add_callback(SkipEmptySteps(self))
         if args.reset_optimizer_steps: self.add_callback(ForgetMoments(self))
-        self._canary = make_canary(self)
+        self._canary, self._rolled = make_canary(self), {}
+        self._watch = Watch(make_probe(args, make_format(args.call_format, self._tokenizer, self.tools).control_ids), args, self._tokenizer.eos_token)
         if not isinstance(model, str) and self.ref_model is not None and not self.is_fsdp_enabled:   # TRL loads it from the disk, which knows nothing of what came before
             SyncRefModelCallback.sync_target_model(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model), 1.0)
 
@@ -323,6 +325,8 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
         self._keep_only(output, ~failed[:, None])
     self._check_first_batch(output)
     self._log_removed(output)
+    self._rolled["train" if self.model.training else "eval"] = self._batch   # TRL shuffles and splits; `row` finds a row's rollout again
+    output |= {"row": torch.arange(len(self._batch), device=failed.device), "wrote": output["completion_mask"] * output.get("tool_mask", 1)}
     width, turns = output["completion_ids"].shape[1], max(len(t.turns) for t in self._batch)
     rewards, advantages, reasons = self._credit(self.num_generations if self.model.training else self.num_generations_eval)
     rewards, by_turn = self._local(rewards), self._local(advantages)
@@ -404,16 +408,27 @@ def _get_per_token_logps_and_entropies(self: TIRTrainer, *args, **kwargs):
 @patch
 def _compute_loss(self: TIRTrainer, model, inputs):
     "TRL's loss with the terms asked for; what it computed about each token goes to the record."
-    mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-    self._in_loss = dict(inputs), mask
-    try: loss = super(TIRTrainer, self)._compute_loss(model, self._in_loss[0])
+    mask, given = inputs["completion_mask"] * inputs.get("tool_mask", 1), dict(inputs)
+    self._in_loss = given, mask
+    try:
+        with self._watch.during(model): loss = super(TIRTrainer, self)._compute_loss(model, given)
     finally: self._in_loss = None
     loss, self._logp = loss + self._extra_loss(inputs, mask), None
     if self.model.training: self._signal = self._signal or bool((inputs["advantages"].reshape(len(mask), -1) * mask).any())
     self._log_gap(inputs)
-    if self._recorder and "record" in inputs and self._recorder.score(inputs["record"].tolist(), *self._scores, step_on_record(self)):
+    columns = self._look(given)
+    if self._recorder and "record" in inputs and self._recorder.score(inputs["record"].tolist(), *self._scores, step_on_record(self), **columns):
         self._recorder.write(gather_object)
     return loss
+
+@patch
+def _look(self: TIRTrainer, inputs):
+    "What was heard of control tokens during a loss, as columns for the record; when the step is over, its signals are logged."
+    mode = "train" if self.model.training else "eval"
+    columns = self._watch.hear([self._rolled[mode][i] for i in inputs["row"].tolist()], *self._scores, inputs)
+    if mode == "eval" or (self._step + 1) % self.current_gradient_accumulation_steps == 0:   # as TRL tells the end of a step
+        for name, value in self._watch.signals(gather_object).items(): self._metrics[mode][name].append(value)
+    return columns
 
 @patch
 def _extra_loss(self: TIRTrainer, inputs, mask):
