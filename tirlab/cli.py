@@ -115,14 +115,13 @@ def sandbox(
     return 0
 
 # %% ../nbs/51_cli.ipynb #86c6fd47
-BENCHES = ("rollout", "advantage", "engines", "sandbox")
+BENCHES = {"rollout": "bench", "advantage": "bench", "engines": "bench", "sandbox": "bench_sandbox", "probe": "bench_probe"}   # name -> module
 
 def bench(
     args: argparse.Namespace,   # name, json, and what the benchmark takes
 ) -> int:                       # exit status
     "Run a benchmark; print its figures, last as one line of JSON if asked to."
-    benches = importlib.import_module("tirlab.bench_sandbox" if args.name == "sandbox" else "tirlab.bench")
-    run = getattr(benches, f"bench_{args.name}")
+    run = getattr(importlib.import_module(f"tirlab.{BENCHES[args.name]}"), f"bench_{args.name}")
     given = {k: v for k, v in vars(args).items() if k in ("n", "repeats", "schedule", "engine", "shape") and v is not None}
     for name in given:
         if name not in inspect.signature(run).parameters: raise ValueError(f"bench {args.name} takes no --{name}.")
@@ -167,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--repeats", type=int, help="pairs of measurements; the median is reported (5)")
     b.add_argument("--schedule", choices=["turn", "eager"], help="of tirlab's rollouts (eager)")
     b.add_argument("--engine", choices=["generate", "continuous"], help="of tirlab's rollouts (generate)")
-    b.add_argument("--shape", choices=["tiny", "0.5b"], help="of the policy that the engines sample from (tiny)")
+    b.add_argument("--shape", choices=["tiny", "0.5b"], help="of the policy (engines, probe: tiny)")
     b.add_argument("--json", action="store_true", help="end with one JSON object of figures on standard output")
     b.set_defaults(function=bench)
     commands.add_parser("doctor", help="what this machine can do, and what is missing").set_defaults(function=lambda args: doctor())
