@@ -191,6 +191,13 @@ def test_no_control_token_at_all():
     assert token_roles([Trajectory([0], [], StopReason.FAILED)], {}, 2).forbidden.shape == (1, 2, 0)
 
 
+def test_a_batch_without_labels():
+    "As a micro-batch of failed rollouts."
+    ids, mask, labels = batch()
+    _, control, squares = watched(make("Qwen2 tied"), ControlProbe(TOKENS), ids, mask, labels.fill_(-100))
+    assert control.shape == (5, 9, 4) and control.isnan().all() and squares.isnan().all()
+
+
 def test_two_probes_at_once():
     model, (ids, mask, labels) = make("Qwen2 tied"), batch()
     a, b = ControlProbe({"a": 3}), ControlProbe({"b": 7})

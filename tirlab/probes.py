@@ -44,8 +44,8 @@ def control_logprobs(
     add = lambda i: torch.zeros((), dtype=dtype, device=hidden.device) if bias is None else bias[i].to(dtype)
     h = hidden.to(dtype).to(wide)
     with torch.autocast(hidden.device.type, enabled=False):
-        y = ((h * row(targets)).sum(-1).to(dtype) + add(targets)).to(wide)   # rounded as the head rounds it
-        c = h @ row(ids).T + add(ids).to(wide)
+        y = (row(targets).mul_(h).sum(-1).to(dtype) + add(targets)).to(wide)   # rounded as the head rounds it
+        c = (row(ids) @ h.T).T + add(ids).to(wide)
     final = lambda z: (z * scale if softcap is None else softcap * torch.tanh(z * scale / softcap)) / temperature
     return final(c) - final(y)[:, None] + logp[:, None]
 
@@ -117,9 +117,10 @@ def _score(self: ControlProbe, apply, hidden, weight, bias, targets, temperature
     out, (mask, rows) = apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, (*outputs, "log_sum_sq_probs")), scored
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     ids = torch.tensor(list(self.tokens.values()), dtype=torch.long, device=hidden.device)
-    read = lambda i: control_logprobs(hidden[i], weight, bias, targets[i], out[0][i], ids, temperature, softcap, scale, dtype)
+    pick, logp = (lambda x, i: x.detach().index_select(0, i)), out[0]
+    read = lambda i: control_logprobs(pick(hidden, i), weight, bias, pick(targets, i), pick(logp, i), ids, temperature, softcap, scale, dtype)
     control = torch.cat([read(i) for i in rows.split(CHUNK)])
-    self._pieces.append((_spread(control, mask), _spread(out[2][rows], mask), mask))
+    self._pieces.append((_spread(control, mask), _spread(pick(out[2], rows), mask), mask))
     return out
 
 @patch
