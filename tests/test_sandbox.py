@@ -134,10 +134,9 @@ def test_leaves_no_process_file_or_descriptor(tmp_path):
 
 def test_a_full_folder_holds_nobody_up():
     server()
-    code = "import os\nfor i in range(2000): os.mkdir(str(i)); open(f'{i}/x', 'w').close()"
-    assert run_python(code, Limits(seconds=20, cpu_seconds=20, files=10**5)).status is Status.OK
-    start = time.monotonic()
-    assert str(run_python("37 + 48")) == "85" and time.monotonic() - start < 1.5
+    code = "import os, time\nt = time.time()\nfor i in range(300): os.mkdir(str(i)); open(f'{i}/x', 'w').close()\ntime.time() - t"
+    run = run_python(code, Limits(seconds=20))
+    assert run.seconds - float(str(run)) < 0.6, "not the seconds that clearing away takes"
     assert wait_until(lambda: not list(Path(sandbox._servers[BARE].folder).glob("*/*")))
 
 

@@ -181,12 +181,20 @@ def clear(
 ):
     "Delete what the code has left. The folder itself is kept where nobody can have tampered with it, and little was in it."
     if slot.ruleset == -1: return remove(slot.home)
-    with contextlib.suppress(OSError), os.scandir(slot.home) as entries:
-        left = list(itertools.islice(entries, 33))   # none, mostly
-        if len(left) < 33:
-            for entry in left: (os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink)(entry.path)
-            return clean.append(slot)
+    with contextlib.suppress(OSError): delete(slot.home, 32); return clean.append(slot)
     os.close(slot.ruleset), remove(slot.home)
+
+def delete(
+    folder: str,   # any
+    most: int,     # files and folders
+) -> int:          # how many more it could have been
+    "Delete what is in a folder, nothing mostly. Raises: OSError where it is too much, or cannot be read."
+    with os.scandir(folder) as entries: found = list(itertools.islice(entries, most + 1))
+    if (most := most - len(found)) < 0: raise OSError("too much")
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False): most = delete(entry.path, most); os.rmdir(entry.path)
+        else: os.unlink(entry.path)
+    return most
 
 removers = set()   # processes
 
