@@ -23,6 +23,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 # %% ../nbs/41_trainer.ipynb #84a219db
 from .advantages import BY_TURN, spread_to_tokens
 from .batches import Batches, total_rewards
+from .collapse import CollapseMonitor
 from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
 from .drift import assert_masks
 from .engines import EngineError
@@ -112,6 +113,8 @@ class TIRTrainer(GRPOTrainer):
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
         self._sampling, self._filled = None, None   # rows that are only sampled now; a batch put together
         self._batches = Batches(args, train_dataset, self.reward_weights, self.accelerator.process_index, self.accelerator.num_processes, gather_object) if train_dataset is not None else None
+        for monitor in self.callback_handler.callbacks:
+            if isinstance(monitor, CollapseMonitor): monitor.trainer = self
         if args.skip_empty_steps: self.add_callback(SkipEmptySteps(self))
         if args.reset_optimizer_steps: self.add_callback(ForgetMoments(self))
         self._canary, self._rolled = make_canary(self), {}
@@ -325,7 +328,6 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
         self._keep_only(output, ~failed[:, None])
     self._check_first_batch(output)
     self._log_removed(output)
-    self._rolled["train" if self.model.training else "eval"] = self._batch   # TRL shuffles and splits; `row` finds a row's rollout again
     output |= {"row": torch.arange(len(self._batch), device=failed.device), "wrote": output["completion_mask"] * output.get("tool_mask", 1)}
     width, turns = output["completion_ids"].shape[1], max(len(t.turns) for t in self._batch)
     rewards, advantages, reasons = self._credit(self.num_generations if self.model.training else self.num_generations_eval)
@@ -337,7 +339,9 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     elif own and turns: output["advantages"] = by_turn[:, 0]
     if own: self._relog_advantages(by_turn, len(advantages))
     dropped = self._leave_out(output, self._local(reasons)) if self.model.training else [None] * len(self._batch)
-    if self._recorder: output["record"] = self._open_records(inputs, by_turn, rewards, by_token, dropped)
+    names = [str(i) for i in range(len(inputs))]
+    if self._recorder: names, output["record"] = self._open_records(inputs, by_turn, rewards, by_token, dropped)
+    self._rolled["train" if self.model.training else "eval"] = list(zip(names, self._batch))   # TRL shuffles and splits; `row` finds a row's rollout again
     self._filled = None
     return output
 
@@ -386,13 +390,13 @@ def _log_removed(self: TIRTrainer, output):
 # %% ../nbs/41_trainer.ipynb #88c35fdd
 @patch
 def _open_records(self: TIRTrainer, inputs, by_turn, rewards, advantages, dropped):
-    "Hand the batch to the recorder; the numbers of its rows as a (B,) tensor."
+    "Hand the batch to the recorder; the names of its rows, and their numbers as a (B,) tensor."
     fields, origins = row_fields(self, inputs, self._local(self._rewards)), self._filled.origins if self._filled else ["sampled"] * len(inputs)
     columns = [dict(dropped=d, origin=o, turn_rewards=r[:len(t.turns)].nan_to_num().tolist(), turn_advantages=a[:len(t.turns)].tolist(), advantage=by[:len(t.completion_ids)].tolist())
                for t, d, o, r, a, by in zip(self._batch, dropped, origins, rewards, by_turn, advantages)]
     numbers = self._recorder.add(self._batch, [f | c for f, c in zip(fields, columns)])
     if self._filled: record_left_out(self, self._filled.left, self._filled.why)
-    return torch.tensor(numbers, device=advantages.device)
+    return [f["id"] for f in fields], torch.tensor(numbers, device=advantages.device)
 
 # %% ../nbs/41_trainer.ipynb #d84c0dd0
 @patch
@@ -425,7 +429,8 @@ def _compute_loss(self: TIRTrainer, model, inputs):
 def _look(self: TIRTrainer, inputs):
     "What was heard of control tokens during a loss, as columns for the record; when the step is over, its signals are logged."
     mode = "train" if self.model.training else "eval"
-    columns = self._watch.hear([self._rolled[mode][i] for i in inputs["row"].tolist()], *self._scores, inputs)
+    names, rows = zip(*(self._rolled[mode][i] for i in inputs["row"].tolist()))
+    columns = self._watch.hear(names, rows, *self._scores, inputs)
     if mode == "eval" or (self._step + 1) % self.current_gradient_accumulation_steps == 0:   # as TRL tells the end of a step
         for name, value in self._watch.signals(gather_object).items(): self._metrics[mode][name].append(value)
     return columns

@@ -14,6 +14,7 @@ from typing import Any, Callable, ContextManager
 from torch import Tensor
 
 # %% ../nbs/40e_watching.ipynb #e4172b9e
+from .collapse import culprits
 from .collapse_signals import merged, step_signals
 from .config import TIRConfig
 from .filters import has_answer
@@ -41,7 +42,7 @@ class Watch:
         probe: ControlProbe | None,    # None for deaf
         args: TIRConfig,               # what the loss is made of
         end: str,                      # end-of-turn token, by name
-    ): self.probe, self.args, self.end, self._heard = probe, args, end, []
+    ): self.probe, self.args, self.end, self._heard, self._last = probe, args, end, [], None
 
     def during(self,
         model: Any,    # the one that is called inside, wrapped as it is
@@ -50,7 +51,8 @@ class Watch:
         return self.probe.watch(model) if self.probe else nullcontext()
 
     def hear(self,
-        trajectories: list[Trajectory],   # B, in the order of the rows
+        names: list[str],    # B, of the rows in the record
+        trajectories: list[Trajectory],   # B
         logp: Tensor,        # (B, T) TRL's log-probabilities, nats
         entropy: Tensor,     # (B, T) nats
         inputs: dict,        # TRL's batch with `wrote`, (B, T) 1 where the model wrote the token
@@ -58,7 +60,7 @@ class Watch:
         "Take in what was computed since."
         if not self.probe: return {}
         seen = probed(self.probe, logp, entropy, inputs, self.args, inputs["wrote"])
-        self._heard.append((trajectories, seen))
+        self._heard.append((names, trajectories, seen))
         return {"control": seen.control, "surprise": seen.surprise}
 
     def signals(self,
@@ -67,5 +69,12 @@ class Watch:
         "The step is over: its signals, of all processes."
         heard, self._heard = self._heard, []
         if not self.probe: return {}
-        rows, answered = [t for part, _ in heard for t in part], has_answer(self.args.answer_pattern)
-        return merged(gather([step_signals(rows, joined([s for _, s in heard]), self.probe.tokens, self.end, answered)]))
+        rows, seen, answered = [t for _, part, _ in heard for t in part], joined([s for *_, s in heard]), has_answer(self.args.answer_pattern)
+        self._last = rows, [n for names, *_ in heard for n in names], seen
+        return merged(gather([step_signals(rows, seen, self.probe.tokens, self.end, answered)]))
+
+    def culprits(self,
+        signal: str,     # name of a metric of the last step
+    ) -> list[dict]:     # as `tirlab.collapse.culprits`
+        "Tokens of this process behind a signal."
+        return culprits(signal, *self._last, self.probe.tokens, self.end) if self._last and not self.probe.off else []
