@@ -57,3 +57,9 @@ def test_the_shape_of_what_is_handed_over():
     assert generate.index("self._generate_single_turn(") < generate.index("self._tool_call_loop(")       # rollouts first, then handed over
     assert '"advantages": advantages' in score and "advantages.dim() == 1" in inspect.getsource(GRPOTrainer._compute_loss)
     assert inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies).rstrip().endswith("return logps, entropies, aux_loss")
+
+
+def test_the_kernel_that_the_probe_listens_to():
+    "The probe stands in for this function of the fused head; tests/test_probes.py holds its arguments and answers."
+    from trl.trainer import utils
+    assert "_ChunkedLogProbFunction.apply(" in inspect.getsource(utils) and hasattr(utils._ChunkedLogProbFunction, "apply")

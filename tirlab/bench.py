@@ -150,7 +150,8 @@ def bench_advantage(
     return dict(repeats=repeats, gtpo_step_over_grpo=statistics.median(a / b for a, b in pairs), vectorised_ms=alone * 1e3)
 
 # %% ../nbs/50_bench.ipynb #0738b4d0
-SHAPES = {"0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, head_dim=64, vocab_size=151936)}
+SHAPES = {"0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, head_dim=64, vocab_size=151936,
+                       layer_types=["full_attention"] * 24)}
 
 def shaped_model(
     shape: str,      # "tiny" for the tiny policy, or "0.5b"

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from .collapse_signals import logit_gradient_norms, metric_name, token_roles
 from .filters import has_answer, void_turns
 from .probes import Probed
-from .trajectory import StopReason, ToolError, Trajectory, TurnKind
+from .trajectory import StopReason, ToolError, Trajectory
 
 # %% ../nbs/32_collapse.ipynb #17071a42
 def robust_z(

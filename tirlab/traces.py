@@ -179,7 +179,7 @@ INDEX_COLUMNS = [*_TEXT, *_NUMBERS, "rewards", "turn_kinds"]
 def _numbers(frame: pd.DataFrame, names) -> pd.DataFrame:
     "The frame with these columns as numbers, NaN where a value is missing or none."
     frame = frame if len(frame) else frame.astype(dict.fromkeys(names, "float64"))
-    return frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in names})
+    return pd.DataFrame({c: pd.to_numeric(frame[c], errors="coerce") if c in set(names) else frame[c] for c in frame}, index=frame.index)
 
 # %% ../nbs/31_traces.ipynb #31d4f65d
 class Run:
