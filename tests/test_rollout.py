@@ -499,3 +499,37 @@ def test_filters_that_could_not_work_are_refused():
     for options, word in ((dict(void_filter="high_ratio", filter_threshold=2.0), "high_ratio"), (dict(void_filter="low_prob", filter_threshold=0.01, engine="trl"), "low_prob")):
         with pytest.raises(ValueError, match=word):
             TIRConfig(**options)
+
+
+@pytest.mark.parametrize("faults", [1, 2])
+def test_a_lost_sandbox_costs_a_rollout_one_more_try(faults, tmp_path):
+    "In the first group each sandbox fails so often: once, and the rollout begins again with its environment reset; twice, and it is dropped with the reason in the trace."
+    made, resets = [], []
+
+    class Frail:
+        def __init__(self):
+            made.append(self)
+            self.left = faults * (len(made) <= 8)
+
+        def reset(self, **row):
+            resets.append(self)
+
+        def python(self, code: str) -> str:
+            """
+            Run code.
+
+            Args:
+                code: Python.
+            """
+            self.left -= 1
+            if self.left >= 0: raise SandboxFault("gone")
+            return "85"
+
+    args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=16, num_generations=8, max_completion_length=160, seed=0,
+                     report_to="none", save_strategy="no", disable_tqdm=True)
+    t = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("arithmetic", n=8), environment_factory=Frail)
+    t.train()
+    index, again = open_run(tmp_path / "run").index(), len(resets) - 16
+    lost = index[index.stop == "failed"]
+    assert again > 0 and len(lost) == (0 if faults == 1 else again)
+    assert (lost.dropped == "sandbox: gone").all() and lost.reward.isna().all() and set(lost.group) <= {0}

@@ -22,7 +22,7 @@ SEAMS = {
 }
 READ = {   # attributes that TRL sets and tirlab reads -> the method that sets them
     "self._sync_tool_dicts": "_generate_and_score_completions", "self._async_tool_dicts": "_generate_and_score_completions",
-    "self._batch_environments": "_generate_and_score_completions", "self._env_tools": "__init__", "self.environment_factories": "__init__",
+    "self._batch_environments": "_generate_and_score_completions", "self._env_tools": "__init__", "self.environment_factories": "__init__", "self._multi_environment": "__init__",
     "self.reward_weights": "__init__", "self.reward_func_names": "__init__", "self._tokenizer": "__init__", "self.async_loop": "__init__",
     "self.chat_template": "__init__", "self.chat_template_kwargs": "__init__", "self._logs": "__init__", "self._metrics": "__init__",
     "self.vllm_generation": "__init__", "self.num_generations_eval": "__init__", "self._dist": "__init__", "self.eos_token_ids": "__init__", "self._environment_pool": "__init__",

@@ -774,6 +774,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tirlab.trainer.TIRTrainer._relog_advantages': ( 'trainer.html#tirtrainer._relog_advantages',
                                                                                  'tirlab/trainer.py'),
                                 'tirlab.trainer.TIRTrainer._renew': ('trainer.html#tirtrainer._renew', 'tirlab/trainer.py'),
+                                'tirlab.trainer.TIRTrainer._renew_environment': ( 'trainer.html#tirtrainer._renew_environment',
+                                                                                  'tirlab/trainer.py'),
                                 'tirlab.trainer.TIRTrainer._retire_environments': ( 'trainer.html#tirtrainer._retire_environments',
                                                                                     'tirlab/trainer.py'),
                                 'tirlab.trainer.TIRTrainer._sample': ('trainer.html#tirtrainer._sample', 'tirlab/trainer.py'),

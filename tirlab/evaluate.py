@@ -23,13 +23,14 @@ from .trajectory import Trajectory
 
 # %% ../nbs/43_evaluate.ipynb #8741ec22
 def _prepare(row, environment_factory, tools, tokenizer, ends, call_format):
-    "Prompt tokens, tools, format and environment of one dataset row."
+    "Prompt tokens, tools, format, environment of one dataset row, and what resets it."
     many = isinstance(environment_factory, dict)
     factory = environment_factory[row["environment"]] if many else environment_factory
     environment = factory() if factory else None
     named = environment_tools(environment, tools)
     format = make_format(call_format, tokenizer, list(named.values()), end_tokens=ends)
-    return open_task({k: v for k, v in row.items() if not (many and k == "environment")}, environment, format)[0], named, format, environment
+    row = {k: v for k, v in row.items() if not (many and k == "environment")}
+    return open_task(row, environment, format)[0], named, format, environment, lambda: hasattr(environment, "reset") and environment.reset(**row)
 
 # %% ../nbs/43_evaluate.ipynb #1a8e9e5b
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def evaluate(
     with engine.ready():
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            prompts, named, formats, owned = zip(*(_prepare(r, environment_factory, tools, tokenizer, ends, call_format) for r in rows))
-            done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate"), start, schedule, owned=owned)
+            prompts, named, formats, owned, resets = zip(*(_prepare(r, environment_factory, tools, tokenizer, ends, call_format) for r in rows))
+            done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate"), start, schedule, owned=owned, renew=lambda i, resets=resets: resets[i]())
     columns = {c: [row[c] for row in dataset] for c in dataset.column_names if c not in ("prompt", "completion", "completion_ids")}
     return Evaluation(done, reward(prompts=[row["prompt"] for row in dataset], completions=[t.messages for t in done],
                                    completion_ids=[t.completion_ids for t in done], **columns))

@@ -18,9 +18,9 @@ from torch import Tensor
 # %% ../nbs/40d_recording.ipynb #0820d295
 import tirlab
 from .batches import Group, total_rewards
+from .environments import isolation_of
 from .formats import make_format
 from .recorder import Recorder
-from .sandbox import sandbox_level
 from .traces import RunWriter, trace_id
 
 # %% ../nbs/40d_recording.ipynb #70a5ab3b
@@ -66,7 +66,7 @@ def record_left_out(
 
 # %% ../nbs/40d_recording.ipynb #8c297836
 def free_folder(
-    path: str,
+    path: str,   # wanted
 ) -> str:
     "The path, or the first of path-2, path-3, ... that does not exist; the same for all processes."
     free = next(p for i in range(1, 10**6) if not os.path.exists(p := path if i == 1 else f"{path}-{i}"))
@@ -78,7 +78,7 @@ def _start(trainer, resume):
     if trainer.run_dir is None: trainer.run_dir = free_folder(os.path.join(trainer.args.output_dir, time.strftime("run-%Y%m%d-%H%M%S")))
     if not again: trainer._rows_of_step = {}
     markers, probe = make_format(trainer.args.call_format, trainer._tokenizer, trainer.tools).control_ids(), trainer._watch.probe
-    meta = dict(model=trainer.model.config._name_or_path, config=trainer.args.to_dict(), control_tokens=list(markers), probed_tokens=list(probe.tokens) if probe else [], tools=[t.__name__ for t in trainer.tools], sandbox=sandbox_level(),
+    meta = dict(model=trainer.model.config._name_or_path, config=trainer.args.to_dict(), control_tokens=list(markers), probed_tokens=list(probe.tokens) if probe else [], tools=[t.__name__ for t in trainer.tools], sandbox=isolation_of(list((trainer.environment_factories or {}).values())),
                 versions={m.__name__: m.__version__ for m in (tirlab, torch, __import__("transformers"), __import__("trl"))})
     trainer._recorder = Recorder(RunWriter(trainer.run_dir, meta, trainer.accelerator.process_index, resume=again or resume), trainer._tokenizer)
     if trainer.is_world_process_zero() and not again: print(f"Run folder: {trainer.run_dir}\nLook at it with: tirlab app {trainer.run_dir}")

@@ -92,6 +92,8 @@ def _closing(environment):
     finally: getattr(environment, "_close", lambda: None)()
 
 # %% ../nbs/11_rollout.ipynb #423efa34
+_SANDBOX = "sandbox: "   # how the reason of a rollout begins whose sandbox failed
+
 async def rollout(
     task: dict | list[int],          # a dataset row, or a rendered prompt
     engine: Any,                     # `await engine.generate(ids, sampling)` gives the next turn
@@ -127,7 +129,7 @@ async def rollout(
             if now.calls:
                 try:
                     with busy.one() if busy else nullcontext(): results = await run_calls(now.calls, tools, limits, slots, loop)
-                except SandboxFault as e: return Trajectory(prompt, [], StopReason.FAILED, f"sandbox: {e}")
+                except SandboxFault as e: return Trajectory(prompt, [], StopReason.FAILED, f"{_SANDBOX}{e}")
             else: results = [told("tool_call", "malformed tool call" if now.broken else "neither a tool call nor an answer", limits, ToolError.MALFORMED)]
             if limits.last_turn_prompt and limits.tool_rounds == rounds + 1:
                 results[-1] = replace(results[-1], content=f"{results[-1].content}\n{limits.last_turn_prompt}")
@@ -239,6 +241,7 @@ def rollouts(
     loop: asyncio.AbstractEventLoop | None = None,   # event loop of coroutine tools
     clock: dict | None = None,        # takes up "generation_seconds" and "tool_seconds": wall time in which engine and tools worked
     owned: list | None = None,        # N: environments behind dicts of tools, whose `_close` is called when their rollout ends
+    renew: Callable[[int], None] | None = None,   # resets environment i: a rollout whose sandbox failed then begins once again; None gives it up
 ) -> list[Trajectory]:                # N, in order
     "Roll all tasks out together. Raises: ValueError for an unknown schedule; RuntimeError where too many tools never come back."
     if schedule not in ("turn", "eager"): raise ValueError(f"schedule={schedule!r} is unknown; choose 'turn' or 'eager'.")
@@ -246,8 +249,11 @@ def rollouts(
     bar = tqdm(total=len(tasks), desc="rollouts", unit="rollout", leave=False, delay=2, disable=not sys.stderr.isatty())
     async def one(engine, gate, slots, i):
         noise = None if seed is None else (*seed, first + i)
-        with _closing(owned[i] if owned else None):
-            done = await rollout(tasks[i], gate.seat(i) if gate else engine, environments[i], formats[i], limits, sampling, noise, slots, loop, using)
+        for last in (renew is None, True):
+            with _closing(owned[i] if owned else None):
+                done = await rollout(tasks[i], gate.seat(i) if gate else engine, environments[i], formats[i], limits, sampling, noise, slots, loop, using)
+            if last or not (done.error or "").startswith(_SANDBOX): break
+            renew(i)
         if gate: gate.leave()   # not after an error: then all stop, and nothing more is sampled for them
         bar.update()
         return done

@@ -111,7 +111,7 @@ class TIRTrainer(GRPOTrainer):
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
-        self._sampling, self._filled = None, None   # rows that are only sampled now; a batch put together
+        self._inputs, self._sampling, self._filled = [], None, None   # rows of the batch; those that are only sampled now; a batch put together
         self._batches = Batches(args, train_dataset, self.reward_weights, self.accelerator.process_index, self.accelerator.num_processes, gather_object) if train_dataset is not None else None
         for monitor in self.callback_handler.callbacks:
             if isinstance(monitor, CollapseMonitor): monitor.trainer = self
@@ -170,7 +170,7 @@ def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_field
     with gathered(self), engine.ready(version):
         self._canary.ask(engine, min(prompt_ids, key=len), version)
         self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), sampling_of(self.args),
-                               noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock, self.environments)
+                               noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock, self.environments, self._renew_environment if self.environments else None)
         if self.engine_name == "trl" and together: keep_up(sample, prompt_ids[0], together)
     for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)
     self._check_failures(num_generations)
@@ -208,6 +208,11 @@ def _tool_call_loop(self: TIRTrainer, prompts, prompt_ids, completion_ids, compl
 
 # %% ../nbs/41_trainer.ipynb #2dc0c7a2
 @patch
+def _renew_environment(self: TIRTrainer, i):
+    "Reset the environment of a rollout that begins again, as TRL reset it."
+    self.environments[i].reset(**{k: v for k, v in self._inputs[i].items() if not (self._multi_environment and k == "environment")})
+
+@patch
 def _retire_environments(self: TIRTrainer):
     "Replace pooled environments in which a tool timed out."
     late = [e for t, e in zip(self._batch, self.environments or []) if any(r.error is ToolError.TIMEOUT for r in t.results)]
@@ -238,6 +243,7 @@ def _generate(self: TIRTrainer, prompts):
 def _sample(self: TIRTrainer, rows):
     "Roll rows out and score them: this process's trajectories, and (N, F) scores of all processes. What TRL logs of them is dropped, for it will log the batch."
     kept, seen, self._sampling = self._metrics["train"], self.state.num_input_tokens_seen, rows
+    self._inputs = rows
     self._metrics["train"] = defaultdict(list)
     try: super(TIRTrainer, self)._generate_and_score_completions(rows)
     except _Scored: pass
@@ -320,7 +326,7 @@ def _token_advantages(self: TIRTrainer, by_turn, width):
 @patch
 def _generate_and_score_completions(self: TIRTrainer, inputs):
     "TRL's batch, with the credit and without the tokens that the arguments say, and a number a row by which the loss finds its record."
-    inputs = self._choose(inputs)
+    self._inputs = inputs = self._choose(inputs)
     output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
     if self._batches and self.model.training and not self._filled: self._batches.learn(total_rewards(self._rewards, self.reward_weights))
     failed = torch.tensor([not t.turns for t in self._batch], device=output["completion_mask"].device)
