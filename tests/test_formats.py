@@ -1,5 +1,7 @@
 """Call formats: every syntax and its inverse, structural states, cutting, and chat templates other than ours."""
 
+import asyncio
+from types import SimpleNamespace
 import json
 import keyword
 from pathlib import Path
@@ -11,11 +13,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tirlab.calls import RolloutLimits
+from tirlab.engines import Sampled, cut
+from tirlab.rollout import rollout
 from tirlab.formats import ChatFormat, TextFormat, control_ids, make_format, observation_ids, render_call, template_syntax, turn_kind
 from tirlab.syntax import SYNTAXES
 from tirlab.tasks import make_tasks
 from tirlab.tiny import tiny_tokenizer
-from tirlab.trajectory import ToolCall, ToolResult, TurnKind
+from tirlab.trajectory import StopReason, ToolCall, ToolResult, TurnKind
 from tirlab.warmup import demonstrations
 
 TOK = tiny_tokenizer()
@@ -291,3 +296,37 @@ def test_one_task_in_every_format():
         assert [r.content for r in ours.results] == [r.content for r in theirs.results]
         assert [t.kind for t in theirs.turns] == [TurnKind.TOOL_CALL] * (len(theirs.turns) - 1) + [TurnKind.RESPONSE]
     assert all(t.messages[-1]["content"] == r["answer"] for t, r in zip(runs["list"], rows))
+
+
+@pytest.mark.parametrize("before", ["", "I see.\n", "See [1] (and [2)]:\n"])
+@pytest.mark.parametrize("name", NAMES)
+def test_sampling_stops_at_the_end_of_the_first_call(name, before):
+    "Where a turn ends at its first call, hardly a token behind it is sampled, in any syntax; what only looks like an end is passed."
+    format, asked = make_format(name, TOK, [find]), []
+    script = TOK.encode(before + render_call(ToolCall("find", {"name": "rab", "box": 42}), format.syntax) + "\nand" + " so on" * 50 + "<|im_end|>")
+    prompt = format.prompt([{"role": "user", "content": "hi"}])
+
+    async def generate(ids, sampling):
+        body = script[len(ids) - len(prompt):] if len(ids) < len(prompt) + len(script) else TOK.encode("ok<|im_end|>")
+        size, stop = cut(body, [TOK.eos_token_id], TOK, sampling)
+        asked.append(sampling.seed)
+        return Sampled(body[:size], [-0.5] * size, stop)
+    tools = {"find": lambda name, box: "k17"}
+    done = asyncio.run(rollout(prompt, SimpleNamespace(generate=generate), tools, format, RolloutLimits(4000, first_call_only=True, tool_rounds=1), noise=(0, 1, 2)))
+    turn = done.turns[0]
+    assert [c.name for c in turn.calls] == ["find"] and TOK.decode(turn.ids).startswith(before) and len(turn.logprobs) == len(turn.ids)
+    assert len(turn.ids) <= len(script) - 50 and len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_turn_without_a_call_is_sampled_to_its_end(name):
+    "Strings that may end a call do not end a turn that holds none; the limit of the turn holds over all its parts."
+    format = make_format(name, TOK, [find])
+    script, prompt = TOK.encode("x)] y\n```\nz)]\n``` done<|im_end|>"), [1, 2, 3]
+
+    async def generate(ids, sampling):
+        size, stop = cut(script[len(ids) - 3:], [TOK.eos_token_id], TOK, sampling)
+        return Sampled(script[len(ids) - 3:][:size], None, stop)
+    for limit, stop in ((4000, StopReason.ANSWER), (len(script) - 3, StopReason.LENGTH)):
+        done = asyncio.run(rollout(prompt, SimpleNamespace(generate=generate), {}, format, RolloutLimits(limit, first_call_only=True, malformed="stop")))
+        assert done.completion_ids == script[:limit] and done.stop in (stop, StopReason.MALFORMED) and done.logprobs is None

@@ -162,11 +162,11 @@ class Batches:
 
     def state_dict(self) -> dict:
         "What a checkpoint needs, in plain types."
-        return {name: part.state_dict() for name in ("more", "replay") if (part := getattr(self, name))}
+        return {name: part.state_dict() | {"kind": type(part).__name__} for name in ("more", "replay") if (part := getattr(self, name))}
 
     def load_state_dict(self,
         state: dict,   # from `state_dict`
     ):
         "Go on from a checkpoint; parts that it does not know begin anew."
         for name, value in state.items():
-            if part := getattr(self, name): part.load_state_dict(value)
+            if (part := getattr(self, name)) and value["kind"] == type(part).__name__: part.load_state_dict(value)

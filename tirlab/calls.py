@@ -7,7 +7,8 @@ __all__ = ['RolloutLimits', 'abandoned_tools', 'in_thread', 'told', 'run_call', 
 
 # %% ../nbs/10c_calls.ipynb #e97ca87c
 import asyncio, inspect, os, threading, time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from contextvars import Context
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Callable
@@ -35,7 +36,7 @@ class RolloutLimits:
 
 # %% ../nbs/10c_calls.ipynb #db3cf433
 _IDLE = []   # threads that wait for a function
-os.register_at_fork(after_in_child=_IDLE.clear)   # they stay behind in the parent
+os.register_at_fork(after_in_child=_IDLE.clear)   # threads stay behind in the parent
 
 class _Worker(threading.Thread):
     "A thread that runs one function after another. A daemon: a function that never comes back must not keep the process."
@@ -53,6 +54,7 @@ def _worker():
 
 # %% ../nbs/10c_calls.ipynb #f9bdb4c4
 _LEFT = []   # whether each function that ran out of time has come back
+os.register_at_fork(after_in_child=_LEFT.clear)
 
 def abandoned_tools() -> int:   # functions
     "Plain tool functions that ran out of time in this process and have not come back yet."
@@ -70,7 +72,7 @@ async def in_thread(
     loop, back = asyncio.get_running_loop(), threading.Event()
     future = loop.create_future()
     def work(worker):
-        try: result, problem = make(), None
+        try: result, problem = Context().run(make), None   # context variables, decimal's precision among them, do not pass from one function to the next
         except BaseException as e: result, problem = None, RuntimeError(f"the tool's thread ended: {type(e).__name__}: {e}")   # nobody may wait for ever
         settle = lambda: future.done() or (future.set_exception(problem) if problem else future.set_result(result))
         back.set()
@@ -113,14 +115,14 @@ async def run_call(
     call: ToolCall,                      # what the model asked for
     tools: dict[str, Callable],          # name -> function or coroutine function
     limits: RolloutLimits,               # time and length allowed
-    slots: asyncio.Semaphore | None = None,          # how many plain functions run at once; None: one after another, here
+    slots: asyncio.Semaphore | None = None,          # how many tools run at once; None: plain functions one after another, here
     loop: asyncio.AbstractEventLoop | None = None,   # event loop that coroutine tools live on; None for the running one
 ) -> ToolResult:                         # the answer, or what went wrong
     "Run one call. Whatever goes wrong comes back as a result the model can read; only where the sandbox itself failed it does not. Raises: SandboxFault."
     tool, start = tools.get(call.name), time.perf_counter()
     if tool is None: return told(call.name, f"Tool {call.name} not found.", limits, ToolError.UNKNOWN)
     try:
-        if inspect.iscoroutinefunction(tool): text, problem = await asyncio.wait_for(_await(tool, call.arguments, loop), limits.tool_seconds)
+        if inspect.iscoroutinefunction(tool): text, problem = await _in_time(_await(tool, call.arguments, loop), slots, limits.tool_seconds)
         else: text, problem = await in_thread(lambda: _words(lambda: tool(**call.arguments)), slots, limits.tool_seconds, limits.abandoned_tools)
     except TimeoutError:
         return told(call.name, f"timed out after {limits.tool_seconds} s", limits, ToolError.TIMEOUT, time.perf_counter() - start)
@@ -139,6 +141,16 @@ async def _await(tool, arguments, loop):
             return None, _problem(e) or "cancelled"
         except (Exception, SystemExit) as e: return None, _problem(e) or type(e).__name__
     return await (asyncio.wrap_future(asyncio.run_coroutine_threadsafe(go(), loop)) if loop else go())
+
+async def _in_time(work, slots, seconds):
+    "Result of a coroutine, one of so many at a time. Raises: TimeoutError; then it is cancelled, and left alone if it does not mind."
+    async with slots or nullcontext():
+        task = asyncio.ensure_future(work)
+        try: done, _ = await asyncio.wait({task}, timeout=seconds)
+        except asyncio.CancelledError: task.cancel(); raise
+        if done: return task.result()
+        task.cancel()
+        raise TimeoutError
 
 async def run_calls(
     calls: list[ToolCall],               # calls of one turn

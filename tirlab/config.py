@@ -47,7 +47,7 @@ class SignalConfig(GRPOConfig):
     kl_cov_ratio: float = field(default=0.0, metadata={"help": "KL-Cov: share of tokens of highest covariance that are held back, 2e-4 in the paper; 0 for none."})
     kl_cov_coef: float = field(default=1.0, metadata={"help": "KL-Cov: weight of the penalty."})
     positive_nll_coef: float = field(default=0.0, metadata={"help": "Weight of the negative log-likelihood of tokens with positive advantage (THOR, arXiv 2509.13761); 0 for none."})
-    skip_empty_steps: bool = field(default=True, metadata={"help": "Do not step the optimiser where no token has a gradient, so that its moments do not decay."})
+    skip_empty_steps: bool = field(default=True, metadata={"help": "Do not step the optimiser where no token has a gradient: it would go on along the last ones."})
     reset_optimizer_steps: int = field(default=0, metadata={"help": "Forget the optimiser's moments every so many steps (ProRL, arXiv 2505.24864); 0 for never. The reference policy is reset by TRL's own "
         "sync_ref_model=True, ref_model_mixup_alpha=1.0 and ref_model_sync_steps."})
 

@@ -353,7 +353,7 @@ def python(code: str) -> str:
 def _chat_format(make, tokenizer):
     "The template's own way, repaired where needed. Raises: ValueError."
     if not supports_tool_calling(tokenizer): raise _refuse("tools", tokenizer)
-    if not (getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None)):
+    if not getattr(tokenizer, "response_template", None):
         try: tokenizer = add_response_schema(copy.copy(tokenizer))
         except ValueError: raise _refuse("parser", tokenizer) from None
     if is_chat_template_prefix_preserving(tokenizer): return make(tokenizer)

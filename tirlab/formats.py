@@ -189,8 +189,13 @@ class ChatFormat:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        "Strings at which sampling may stop, since they end a call wherever they occur."
+        "Strings at which sampling stops, to see whether they end a call."
         return syntax_of(self.syntax).stop_strings
+
+    def goes_on(self, ids: list[int]) -> bool:
+        "Whether a turn that was stopped at a stop string has no complete call yet."
+        syntax = syntax_of(self.syntax)
+        return not syntax.sure and not self.ends(ids) and syntax.end_of_call(self.tokenizer.decode(ids)) is None
 
 # %% ../nbs/01_formats.ipynb #b6f043bf
 def _answers(results): return "\n".join(f"<tool_response>\n{r}\n</tool_response>" for r in results)
@@ -231,7 +236,7 @@ class TextFormat:
     template_kwargs: dict = field(default_factory=dict)   # further variables for the template
     end_tokens: list[int] | None = None        # tokens that end a turn; None for the tokenizer's end-of-sequence token alone
 
-    ends, cut, control_ids, stop_strings = ChatFormat.ends, ChatFormat.cut, ChatFormat.control_ids, ChatFormat.stop_strings
+    ends, cut, control_ids, stop_strings, goes_on = ChatFormat.ends, ChatFormat.cut, ChatFormat.control_ids, ChatFormat.stop_strings, ChatFormat.goes_on
 
     @property
     def syntax(self) -> str:
@@ -266,7 +271,7 @@ class TextFormat:
         return _suffix(self._render, before, after, self.tokenizer, self.end_tokens, ended)
 
 # %% ../nbs/01_formats.ipynb #b9833d13
-_SCHEMAS = WeakKeyDictionary()   # function -> JSON schema
+_SCHEMAS = WeakKeyDictionary()   # function -> its name, its text, JSON schema
 
 def tool_schemas(
     tools: list,     # functions, or JSON schemas already
@@ -274,9 +279,11 @@ def tool_schemas(
     "JSON schemas as transformers makes them; each function's is made once, since that takes as long as parsing a turn."
     from transformers.utils import get_json_schema
     def schema(tool):
-        function = getattr(tool, "__func__", tool)   # a method is made anew at every look
-        if function not in _SCHEMAS: _SCHEMAS[function] = get_json_schema(tool)
-        return _SCHEMAS[function]
+        function, said = getattr(tool, "__func__", tool), (getattr(tool, "__name__", None), tool.__doc__)   # a method is made anew at every look
+        try: known = _SCHEMAS.get(function)
+        except TypeError: return get_json_schema(tool)   # cannot be referred to weakly
+        if known is None or known[0] != said: known = _SCHEMAS[function] = said, get_json_schema(tool)
+        return known[1]
     return [t if isinstance(t, dict) else schema(t) for t in tools]
 
 # %% ../nbs/01_formats.ipynb #05d66a0b

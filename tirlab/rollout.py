@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, Awaitable, Callable
 
@@ -84,6 +85,20 @@ def open_task(
     if more: messages[-1] = messages[-1] | {"content": messages[-1]["content"] + more}
     return format.prompt(messages), tools
 
+# %% ../nbs/11_rollout.ipynb #0d0c029f
+async def _one_turn(engine, ids, sampling, format, noise):
+    "One turn, asked for until it has come to its end; a `format` is given where its first call ends it."
+    new, logprobs, stop = [], [], "length"
+    for part in count():
+        room = sampling.max_new_tokens - len(new)
+        if room <= 0: break
+        seed = None if noise is None else noise_seed(*noise, *[part] * bool(part))
+        out = await engine.generate(ids + new, replace(sampling, max_new_tokens=room, seed=seed))
+        new, logprobs, stop = new + out.ids, None if logprobs is None or out.logprobs is None else logprobs + list(out.logprobs), out.stop
+        if not out.ids or stop != "end" or format is None or not format.goes_on(new): break
+        stop = "length"   # unless the next part says otherwise
+    return Sampled(new, logprobs, stop)
+
 # %% ../nbs/11_rollout.ipynb #e8232883
 @contextmanager
 def _closing(environment):
@@ -116,8 +131,8 @@ async def rollout(
             room, start = limits.completion_tokens - (len(ids) - len(prompt)), time.perf_counter()
             if len(ids) >= limits.context_tokens: return done(StopReason.CONTEXT)
             most = min(room, limits.turn_tokens or room, sampling.max_new_tokens, limits.context_tokens - len(ids))
-            seed = None if noise is None else noise_seed(*noise, len(turns))
-            try: sampled = await engine.generate(ids, replace(sampling, max_new_tokens=most, seed=seed)) if most > 0 else Sampled([])
+            names = None if noise is None else (*noise, len(turns))
+            try: sampled = await _one_turn(engine, ids, replace(sampling, max_new_tokens=most), format if limits.first_call_only else None, names)
             except EngineError as e: return Trajectory(prompt, [], StopReason.FAILED, str(e))   # nothing half-received is kept
             now = _read(sampled, ids, format, limits, room, time.perf_counter() - start)
             if now is None: return done(StopReason.LENGTH if turns else StopReason.FAILED)
@@ -246,7 +261,7 @@ def rollouts(
     "Roll all tasks out together. Raises: ValueError for an unknown schedule; RuntimeError where too many tools never come back."
     if schedule not in ("turn", "eager"): raise ValueError(f"schedule={schedule!r} is unknown; choose 'turn' or 'eager'.")
     generating, using = Busy(), Busy()
-    bar = tqdm(total=len(tasks), desc="rollouts", unit="rollout", leave=False, delay=2, disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(tasks), desc="rollouts", unit="rollout", leave=False, delay=2, disable=not (sys.stderr.isatty() or "ipykernel" in sys.modules))
     async def one(engine, gate, slots, i):
         noise = None if seed is None else (*seed, first + i)
         for last in (renew is None, True):

@@ -8,6 +8,7 @@ __all__ = ['trl_engine', 'keep_up', 'make_engine', 'sampling_of', 'gathered', 'c
 # %% ../nbs/40a_sampler.ipynb #d54dc69c
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable
 
 # %% ../nbs/40a_sampler.ipynb #8ac2a6b9
@@ -58,7 +59,7 @@ def make_engine(
         return ContinuousEngine(policy, trainer._tokenizer)
     from tirlab.vllm_engines import VLLMServerEngine, server_sync, vllm_engine_of
     if name == "vllm": return vllm_engine_of(trainer.vllm_generation)
-    return VLLMServerEngine(trainer.args.vllm_servers, sync=server_sync(trainer.vllm_generation))
+    return VLLMServerEngine(trainer.args.vllm_servers, sync=server_sync(trainer.vllm_generation), vocab=policy.config.get_text_config().vocab_size)
 
 # %% ../nbs/40a_sampler.ipynb #02cd872b
 def sampling_of(
@@ -108,11 +109,12 @@ class Canary:
         prompt: list[int],   # any prompt
         version: int,        # of the weights
     ) -> None:
-        "Sample a few tokens, if this version has not been checked yet."
-        if not self.needed or version == self._version: return
+        "Sample a few tokens from whatever was brought weights since the last time."
+        if not self.needed: return
         start, sampling = time.perf_counter(), Sampling(16, self.args.temperature, seed=noise_seed(self.args.seed, "canary"))
-        prompt = prompt[-64:]   # any will do
-        sampled = run_async(lambda: engine.generate(prompt, sampling))
+        prompt, fresh = prompt[-64:], engine.fresh() if hasattr(engine, "fresh") else [engine] * (version != self._version)   # any prompt will do
+        if not fresh: return
+        sampled = [run_async(partial(e.generate, prompt, sampling)) for e in fresh]
         self._version, self._asked = version, (prompt, sampled, time.perf_counter() - start)
 
     def check(self,
@@ -121,17 +123,22 @@ class Canary:
         "Compare what was asked. Raises: EngineError where the gap is above the tolerance."
         if self._asked is None: return {}
         (prompt, sampled, seconds), self._asked, start, training = self._asked, None, time.perf_counter(), model.training
-        ids = torch.tensor([prompt + sampled.ids], device=model.device)
-        with torch.no_grad(): logits = model.eval()(ids, logits_to_keep=len(sampled.ids) + 1).logits[0, :-1].float() / (self.args.temperature or 1)
+        model.eval()
+        gap = max(self._gap(model, prompt, s) for s in sampled)
         model.train(training)
-        ours = logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0]
-        gap = (ours - torch.tensor(sampled.logprobs, device=ids.device)).abs().max().item()
         full = self.full and model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
         allowed = self.args.sync_tolerance or (0.001 if full else 0.3)
         if gap <= allowed: return {"sync/canary_gap": gap, "sync/canary_seconds": seconds + time.perf_counter() - start}
-        raise EngineError(f"The engine does not sample from the policy that is trained: on a canary of {len(sampled.ids)} tokens their log-probabilities differ by up to "
+        raise EngineError(f"The engine does not sample from the policy that is trained: on a canary of {max(len(s.ids) for s in sampled)} tokens their log-probabilities differ by up to "
                           f"{gap:.3g} nats, sync_tolerance allows {allowed:g}. The transfer of weights failed, or engine and trainer compute differently; "
                           "nothing was trained on these rollouts.")
+
+    def _gap(self, model, prompt, sampled):
+        "Largest distance between the engine's log-probabilities and the policy's."
+        ids = torch.tensor([prompt + sampled.ids], device=model.device)
+        with torch.no_grad(): logits = model(ids, logits_to_keep=len(sampled.ids) + 1).logits[0, :-1].float() / (self.args.temperature or 1)
+        ours = logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0]
+        return (ours - torch.tensor(sampled.logprobs, device=ids.device)).abs().max().item()
 
 # %% ../nbs/40a_sampler.ipynb #9ad8cba2
 def make_canary(

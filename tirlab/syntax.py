@@ -49,7 +49,8 @@ class Syntax:
     scan: Callable[[str, list | None], Iterator[tuple[int, int, list[ToolCall]]]]   # text and tools to (start, end, calls), until something is broken
     usage: Callable[[list], str]     # tools to the words that tell a model how to call them
     markers: tuple[str, ...]         # pieces of text that hold a call together: the control tokens of this syntax
-    stop_strings: tuple[str, ...] = ()   # strings that end a call wherever they occur; none where that depends on what went before
+    stop_strings: tuple[str, ...]    # strings at which a call may end
+    sure: bool = True                # whether they end one wherever they occur; else what went before decides, see `end_of_call`
 
     def render(self, calls: list[ToolCall]) -> str:
         "Calls as the text of one turn. Raises: ValueError for a call that this syntax cannot carry."
@@ -234,7 +235,7 @@ def _describe_fenced(tools):
     blocks = ["Call python as\n```python\ncode\n```"] * bool(code)
     return "\n".join(blocks + [f"Call tools as\n```tool_code\nname(argument=value)\n```\n{signatures(others)}"] * bool(others))
 
-FENCED = Syntax("fenced", _write_fenced, _scan_fenced, _describe_fenced, markers=("```python\n", "```tool_code\n", "\n```"))
+FENCED = Syntax("fenced", _write_fenced, _scan_fenced, _describe_fenced, markers=("```python\n", "```tool_code\n", "\n```"), stop_strings=("\n```",), sure=False)
 
 # %% ../nbs/00a_syntax.ipynb #50be2b99
 _LIST = re.compile(r"\[\s*[^\W\d][\w.]*\s*\(\s*(?:\)|['\"]|[^\W\d]\w*\s*=(?!=)|(?:[^\W\d]\w*\s*)?$)")
@@ -258,7 +259,7 @@ def _scan_list(text, tools):
     if re.search(r"\)\s*\]\s*$", text[at:]): raise ValueError("a list of calls was never opened")
 
 # %% ../nbs/00a_syntax.ipynb #e3282fe1
-LIST = Syntax("list", lambda calls: f"[{', '.join(map(_python, calls))}]", _scan_list, _as("[name(argument=value)]"), markers=("[", ")]"))
+LIST = Syntax("list", lambda calls: f"[{', '.join(map(_python, calls))}]", _scan_list, _as("[name(argument=value)]"), markers=("[", ")]"), stop_strings=(")]",), sure=False)
 
 # %% ../nbs/00a_syntax.ipynb #75902543
 SYNTAXES = {s.name: s for s in (JSON, XML, FENCED, LIST)}

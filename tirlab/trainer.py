@@ -50,7 +50,7 @@ def _nothing_left_behind(folder):
         raise
 
 class SkipEmptySteps(TrainerCallback):
-    "Leaves the optimiser alone where no token has a gradient: Adam's moments would decay, and the next reward's step be too large."
+    "Leaves the optimiser alone where no token has a gradient: Adam would go on along the last gradients, and its moments would decay. Measured in nbs/experiments/02_zero_signal."
     def __init__(self,
         trainer: Any,   # TIRTrainer, which notes whether a step has any signal
     ): self.trainer = trainer
@@ -118,6 +118,7 @@ class TIRTrainer(GRPOTrainer):
         if args.skip_empty_steps: self.add_callback(SkipEmptySteps(self))
         if args.reset_optimizer_steps: self.add_callback(ForgetMoments(self))
         self._canary, self._rolled = make_canary(self), {}
+        if args.call_format: make_format(args.call_format, self._tokenizer, self.tools).control_ids()   # says which marker the tokenizer cannot spell
         self._watch = Watch(make_probe(args, make_format(args.call_format, self._tokenizer, self.tools).control_ids), args, self._tokenizer.eos_token)
         if not isinstance(model, str) and self.ref_model is not None and not self.is_fsdp_enabled:   # TRL loads it from the disk, which knows nothing of what came before
             SyncRefModelCallback.sync_target_model(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model), 1.0)
@@ -132,7 +133,7 @@ def _formats(self: TIRTrainer, n):
 @patch
 def _tokenize_prompts(self: TIRTrainer, prompts):
     "TRL's rendered prompts; in another call format, ours; in a batch that was put together, those that were rolled out."
-    if self._filled: return [t.prompt_ids for t in self._filled.trajectories], None, {}
+    if self._filled: return [t.prompt_ids if t.turns else t.prompt_ids[-1:] for t in self._filled.trajectories], None, {}
     if not self.args.call_format: return super(TIRTrainer, self)._tokenize_prompts(prompts)
     return [f.prompt(p) for f, p in zip(self._formats(len(prompts)), prompts)], None, {}
 
@@ -169,9 +170,12 @@ def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_field
     version = self._round * 10**9 + self.state.global_step   # steps are counted from 0 in every `train`
     with gathered(self), engine.ready(version):
         self._canary.ask(engine, min(prompt_ids, key=len), version)
+        context = min(context, getattr(engine, "context_tokens", None) or context)   # servers may take less than the model
         self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), sampling_of(self.args),
                                noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock, self.environments, self._renew_environment if self.environments else None)
         if self.engine_name == "trl" and together: keep_up(sample, prompt_ids[0], together)
+    for i, t in enumerate(self._batch):
+        if not t.turns: prompt_ids[i] = prompt_ids[i][-1:]   # TRL holds the same list: a prompt longer than the context must not reach the model
     for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)
     self._check_failures(num_generations)
     self._log_rollouts(clock)
@@ -188,7 +192,9 @@ def _first_turns(self: TIRTrainer):
 # %% ../nbs/41_trainer.ipynb #11ebba5a
 @patch
 def _check_failures(self: TIRTrainer, num_generations):
-    "Raises: EngineError where no group of all processes is whole."
+    "Raises: EngineError where no group of all processes is whole; in evaluation, which learns from none, where every rollout failed."
+    if self._sampling is not None: return   # judged when the batch is put together
+    if not self.model.training: num_generations = 1
     errors = gather_object([(not t.turns, t.error) for t in self._batch])
     groups = [errors[i:i + num_generations] for i in range(0, len(errors), num_generations)]
     if all(any(failed for failed, _ in g) for g in groups):
@@ -261,7 +267,8 @@ def _choose(self: TIRTrainer, inputs):
     if not (self._batches and self.model.training): return inputs
     if not self._batches.collects: return self._batches.choose(inputs)
     filled, mode = self._batches.fill(inputs, self._sample), self._metrics["train"]
-    self._filled = filled
+    self._filled, self._batch = filled, filled.trajectories
+    self._check_failures(self.num_generations)
     mode["batch/groups_left_out"].append(len(filled.left))
     mode["batch/replayed"].append(sum(gather_object([o == "replay" for o in filled.origins])))
     return filled.inputs
@@ -328,6 +335,8 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     "TRL's batch, with the credit and without the tokens that the arguments say, and a number a row by which the loss finds its record."
     self._inputs = inputs = self._choose(inputs)
     output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
+    if self._filled:   # TRL reset the environments once more
+        for environment in self.environments or []: getattr(environment, "_close", lambda: None)()
     if self._batches and self.model.training and not self._filled: self._batches.learn(total_rewards(self._rewards, self.reward_weights))
     failed = torch.tensor([not t.turns for t in self._batch], device=output["completion_mask"].device)
     if "tool_mask" not in output and any(gather_object([failed.any().item()])):   # a placeholder is no token to learn; with tools its mask is 0 already
@@ -340,6 +349,7 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     rewards, by_turn = self._local(rewards), self._local(advantages)
     own = self.args.advantage != "grpo" or not self.args.void_in_baseline or bool(self.args.code_shaping)   # else TRL's advantages stay
     if not own: by_turn = output["advantages"][:, None].expand(-1, max(turns, 1))
+    if self.args.skip_empty_steps and self.args.advantage not in BY_TURN: by_turn = self._level(by_turn, output)
     by_token = self._token_advantages(by_turn, width)
     if self.args.advantage in BY_TURN: output["advantages"] = by_token
     elif own and turns: output["advantages"] = by_turn[:, 0]
@@ -350,6 +360,16 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     self._rolled["train" if self.model.training else "eval"] = list(zip(names, self._batch))   # TRL shuffles and splits; `row` finds a row's rollout again
     self._filled = None
     return output
+
+# %% ../nbs/41_trainer.ipynb #069dafa1
+@patch
+def _level(self: TIRTrainer, by_turn, output):
+    "Advantages by turn, exactly 0, in the batch too, where all of a group earned the same."
+    size = self.num_generations if self.model.training else self.num_generations_eval
+    groups = total_rewards(self._rewards, self.reward_weights).view(-1, size)
+    level = self._local((groups == groups[:, :1]).all(1).repeat_interleave(size))
+    output["advantages"] = output["advantages"].masked_fill(level, 0)
+    return by_turn.masked_fill(level[:, None], 0)
 
 # %% ../nbs/41_trainer.ipynb #501aaf09
 @patch
@@ -390,7 +410,8 @@ def _check_first_batch(self: TIRTrainer, output):
 def _log_removed(self: TIRTrainer, output):
     "Rollouts that TRL's importance sampling takes out of the loss: every weight zero."
     if (ratio := output.get("importance_sampling_ratio")) is None: return
-    removed = (ratio.expand_as(output["completion_mask"]) * output["completion_mask"]).eq(0).all(1).float()
+    mask = output["completion_mask"] * output.get("tool_mask", 1)
+    removed = (mask.any(1) & (ratio.expand_as(mask) * mask).eq(0).all(1)).float()
     self._metrics["train" if self.model.training else "eval"]["sync/removed_rollouts"].append(self.accelerator.gather(removed).sum().item())
 
 # %% ../nbs/41_trainer.ipynb #88c35fdd
@@ -484,6 +505,7 @@ def train(self: TIRTrainer, resume_from_checkpoint=None, **kwargs):
 def evaluate(self: TIRTrainer, *args, **kwargs):
     "TRL's, recorded in the run folder."
     if not self.is_in_train: self._renew()
+    self._drawn = {}   # the same rollouts every time
     with recording(self): return super(TIRTrainer, self).evaluate(*args, **kwargs)
 
 @patch
