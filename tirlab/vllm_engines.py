@@ -30,12 +30,12 @@ def sampling_options(
                        skip_special_tokens=False, spaces_between_special_tokens=False)   # so that stop strings are sought in the plain text
 
 # %% ../nbs/10b_vllm_engines.ipynb #ac9cfbe5
-def _turn(ids, logprobs, reason, sampling):
+def _turn(ids, logprobs, reason, sampling, vocab=None):
     "A turn from what vLLM says of it. Raises: EngineError where that cannot be right."
-    if reason not in ("stop", "length"): raise EngineError(f"vLLM broke a turn off: finish reason {reason!r}.")
-    if not ids or any(type(i) is not int for i in ids) or len(ids) > sampling.max_new_tokens:
+    if reason not in ("stop", "length"): raise EngineError(f"vLLM broke a turn off: finish reason {repr(reason)[:80]}.")
+    if not ids or any(type(i) is not int or not 0 <= i < (vocab or 2**31) for i in ids) or len(ids) > sampling.max_new_tokens:
         raise EngineError(f"vLLM returned no turn but {str(ids)[:80]}.")
-    if len(logprobs) != len(ids) or not all(isinstance(p, (int, float)) and math.isfinite(p) for p in logprobs):
+    if len(logprobs) != len(ids) or not all(isinstance(p, (int, float)) and -9999 < p <= 1e-3 for p in logprobs):
         raise EngineError(f"vLLM returned {len(ids)} tokens, and for log-probabilities {str(logprobs)[:80]}.")
     return Sampled(ids, logprobs, "end" if reason == "stop" else "length")
 
@@ -53,7 +53,7 @@ class VLLMEngine:
         if mode != "processed_logprobs": raise ValueError(f"vLLM runs with logprobs_mode={mode!r}; training needs 'processed_logprobs'.")
         self._llm, self._sync, self._wake, self._sleep, self._options = llm, sync, wake, sleep, options or {}
         self._lock, self._inbox, self._live, self._names, self._pumping = threading.Lock(), [], {}, itertools.count(), False
-        self._version, self._prompt_tokens, self._cached_tokens = None, 0, 0
+        self._posts, self._version, self._fresh, self._prompt_tokens, self._cached_tokens = {}, None, None, 0, 0
         device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._pool = ThreadPoolExecutor(1, "vllm", None if device is None else partial(torch.accelerator.set_device_index, device))   # else 0
 
@@ -65,16 +65,17 @@ async def generate(self: VLLMEngine,
 ) -> Sampled:             # the next turn
     "The next turn of one rollout. Raises: EngineError where the engine failed; ValueError for a request it does not take."
     loop, name = asyncio.get_running_loop(), f"tirlab-{next(self._names)}"
-    future = loop.create_future()
-    self._post((name, ids, sampling, loop, future))
+    future, notes = loop.create_future(), self._posts.setdefault(loop, [])
+    notes.append((name, ids, sampling, loop, future))
+    if len(notes) == 1: loop.call_soon(self._post, loop)
     return await future
 
 # %% ../nbs/10b_vllm_engines.ipynb #2bb88b5e
 @patch
-def _post(self: VLLMEngine, note):
-    "Leave a note for the pump, and see that it runs."
+def _post(self: VLLMEngine, loop):
+    "Leave the notes of one pass of an event loop for the pump, and see that it runs."
     with self._lock:
-        self._inbox.append(note)
+        self._inbox += self._posts.pop(loop)
         if not self._pumping: self._pumping = bool(self._pool.submit(self._pump))
 
 @patch
@@ -161,7 +162,7 @@ def ready(self: VLLMEngine,
         self._version = None
         if self._sync: self._sync()
         if not self._llm.reset_prefix_cache(): raise EngineError("vLLM holds on to prefixes computed with older weights.")
-        self._version = version
+        self._version, self._fresh = version, bool(self._sync) or self._fresh is None or self._fresh   # None: never ready before
     if self._wake: self._wake()
     try: yield self
     finally:
@@ -169,6 +170,13 @@ def ready(self: VLLMEngine,
             self._pool.submit(int).result()
             self._version = None
             self._sleep()
+
+# %% ../nbs/10b_vllm_engines.ipynb #9a350f30
+@patch
+def fresh(self: VLLMEngine) -> list[Any]:   # this engine, or nothing
+    "Engines (things with `generate`) whose weights were brought since this was last asked; weights that never change count once. To be asked inside `ready`."
+    fresh, self._fresh = self._fresh, self._fresh and False   # None stays None
+    return [self] if fresh else []
 
 # %% ../nbs/10b_vllm_engines.ipynb #f656dffe
 @patch
@@ -202,6 +210,9 @@ class _Server:
     version: int | None = None   # of its weights; None where unknown
     up: bool = True              # did not fail since it was last seen well
     live: int = 0                # requests it is working on
+    known: bool = False          # was ready, and the connection did not break since
+    fresh: bool = False          # weights were brought, and nobody has asked since
+    context: int | None = None   # tokens it takes, prompt and turn together; None where it does not say
 
 # %% ../nbs/10b_vllm_engines.ipynb #1f235006
 class VLLMServerEngine:
@@ -212,32 +223,35 @@ class VLLMServerEngine:
         timeout: float = 600.0,        # seconds that one turn may take on one server
         sync: Callable[[str], Any] | None = None,   # brings the policy's weights to the server at this address; None where they never change
         options: dict | None = None,   # more fields of the request; they win
+        vocab: int | None = None,      # number of tokens that the model knows, to check ids against; None checks only that they can be ids
     ):
         if not urls: raise ValueError("VLLMServerEngine needs the address of at least one server.")
-        self._servers, self._timeout, self._sync = [_Server(u.rstrip("/")) for u in urls], timeout, sync
+        self._servers, self._timeout, self._sync, self._vocab = [_Server(u.rstrip("/")) for u in urls], timeout, sync, vocab
         self._body = ({} if model is None else {"model": model}) | (options or {}) | {"return_token_ids": True, "return_tokens_as_token_ids": True}
         self._version = None if sync is None else -1   # nothing is sampled before weights were brought
         self._clients, self._tls, self._prompt_tokens, self._cached_tokens = {}, httpx.create_ssl_context(), 0, 0
 
 # %% ../nbs/10b_vllm_engines.ipynb #073eb805
+class _Refused(EngineError): "A server does not take a request."
+
+class _TooLong(EngineError): "A request does not fit into a server's context."
+
+_TOO_LONG = ("maximum context length", "maximum model length", "cannot be greater than max_model_len")   # prompt and turn; prompt alone; turn alone
+
 @patch
 async def generate(self: VLLMServerEngine,   # noqa: F811
     ids: list[int],       # tokens so far
     sampling: Sampling,   # how to draw
 ) -> Sampled:             # the next turn
-    "The next turn of one rollout. Raises: EngineError where every server failed; ValueError for a request that none would take."
+    "The next turn of one rollout. Raises: EngineError where every server failed; ValueError for a request that all of them refuse."
     tried, problems = [], []
     while server := await self._next(tried):
         tried.append(server)
-        try: turn = await self._ask(server, list(ids), sampling)
-        except (httpx.HTTPError, TimeoutError, EngineError) as e:
-            server.up = False
-            if self._sync and isinstance(e, httpx.TransportError): server.version = None
-            problems.append(f"{server.url}: {(str(e) or type(e).__name__).splitlines()[0]}")
-        else:
-            server.up = True
-            return turn
-    raise EngineError("No vLLM server answered. " + "; ".join(problems))
+        try: return await self._try(server, list(ids), sampling)
+        except EngineError as e: problems.append(e)
+    said = "; ".join(map(str, problems))
+    if len(problems) == len(self._servers) and all(isinstance(p, _Refused) for p in problems): raise ValueError(said)
+    raise EngineError("No vLLM server answered. " + said)
 
 # %% ../nbs/10b_vllm_engines.ipynb #32c94472
 @patch
@@ -252,6 +266,19 @@ async def _next(self: VLLMServerEngine, tried):
         tried.append(best)
 
 @patch
+async def _try(self: VLLMServerEngine, server, ids, sampling):
+    "Ask one server and remember how it went. Raises: EngineError where there is no turn."
+    try: turn = await self._ask(server, ids, sampling)
+    except (httpx.HTTPError, TimeoutError, EngineError) as e:
+        server.up = server.up and isinstance(e, _TooLong)
+        if isinstance(e, httpx.TransportError): server.version, server.known = None if self._sync else server.version, False
+        kind = type(e) if isinstance(e, EngineError) else EngineError
+        raise kind(f"{server.url}: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+    server.up = True
+    return turn
+
+# %% ../nbs/10b_vllm_engines.ipynb #53b7cbcf
+@patch
 async def _ask(self: VLLMServerEngine, server, ids, sampling):
     "One request to one server."
     body, server.live = sampling_options(sampling) | self._body | {"prompt": ids}, server.live + 1
@@ -259,10 +286,12 @@ async def _ask(self: VLLMServerEngine, server, ids, sampling):
         async with asyncio.timeout(self._timeout), self._client() as client: response = await client.post(f"{server.url}/v1/completions", json=body)
     finally: server.live -= 1
     if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-        raise ValueError(f"{server.url} does not take the request ({response.status_code}): {response.text[:300]}")
+        said = " ".join(response.content.decode(errors="replace").split())
+        too_long = response.status_code == 400 and any(t in said for t in _TOO_LONG)
+        raise (_TooLong if too_long else _Refused)(f"does not take the request ({response.status_code}): {said[:300]}")
     return self._read(response.raise_for_status(), ids, sampling)
 
-# %% ../nbs/10b_vllm_engines.ipynb #53b7cbcf
+# %% ../nbs/10b_vllm_engines.ipynb #8a404292
 @patch
 def _read(self: VLLMServerEngine, response, ids, sampling):
     "A server's answer as a turn. Raises: EngineError where it is none."
@@ -271,12 +300,18 @@ def _read(self: VLLMServerEngine, response, ids, sampling):
         (choice,) = answer["choices"]
         new, tokens, logprobs = choice["token_ids"], choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
         if choice["prompt_token_ids"] != ids or tokens != [f"token_id:{i}" for i in new]: raise ValueError("tokens that do not belong together")
-        turn = _turn(new, logprobs, choice["finish_reason"], sampling)
-    except (ValueError, KeyError, TypeError) as e: raise EngineError(f"not an answer of vLLM ({type(e).__name__}: {e})") from e
-    cached = ((answer.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
+        turn, cached = _turn(new, logprobs, choice["finish_reason"], sampling, self._vocab), _cached(answer, len(ids))
+    except Exception as e: raise EngineError(f"not an answer of vLLM ({type(e).__name__}: {e})") from e
     self._prompt_tokens += len(ids)
-    self._cached_tokens += math.nan if cached is None else cached
+    self._cached_tokens += cached
     return turn
+
+def _cached(answer, size):
+    "How many of a prompt's tokens a server found in its cache; nan where it does not say."
+    cached = ((answer.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
+    if cached is None: return math.nan
+    if type(cached) is not int or not 0 <= cached <= size: raise ValueError(f"{str(cached)[:80]} cached tokens of {size}")
+    return cached
 
 @patch
 def prefix_cache_hit_rate(self: VLLMServerEngine) -> float:   # noqa: F811  0 to 1; nan if servers do not tell
@@ -289,7 +324,7 @@ def prefix_cache_hit_rate(self: VLLMServerEngine) -> float:   # noqa: F811  0 to
 async def _client(self: VLLMServerEngine):
     "The HTTP client of the running event loop."
     loop = asyncio.get_running_loop()
-    many = httpx.Limits(max_connections=None)
+    many = httpx.Limits(max_connections=None, keepalive_expiry=1)
     if loop not in self._clients: self._clients[loop] = [httpx.AsyncClient(verify=self._tls, timeout=None, limits=many), 0]
     mine = self._clients[loop]
     mine[1] += 1
@@ -320,12 +355,51 @@ def _bring(self: VLLMServerEngine, server, version):
     server.version = None if self._sync else version
     try:
         httpx.get(f"{server.url}/health", verify=self._tls, timeout=5).raise_for_status()
+        server.context = self._context(server)
         if self._sync and known != version:
             self._sync(server.url)
             forget = httpx.post(f"{server.url}/reset_prefix_cache", params={"reset_running_requests": True}, verify=self._tls, timeout=60)
             if not forget.raise_for_status().json()["success"]: raise EngineError("it holds on to prefixes computed with older weights")
-        server.version, server.up = version, True
+        server.fresh |= known != version if self._sync else not server.known
+        server.version, server.up, server.known = version, True, True
     except Exception as e: return f"{server.url}: {type(e).__name__}: {e}"   # a sync may fail in any way
+
+@patch
+def _context(self: VLLMServerEngine, server):
+    "How many tokens a server takes, by its own account; None where it does not say."
+    response = httpx.get(f"{server.url}/v1/models", verify=self._tls, timeout=5)
+    with suppress(Exception): return min(n for card in response.json()["data"] if type(n := card["max_model_len"]) is int and n > 0)
+
+# %% ../nbs/10b_vllm_engines.ipynb #7ef6ca16
+@patch(as_prop=True)
+def context_tokens(self: VLLMServerEngine) -> int | None:   # None where no server says
+    "How many tokens, prompt and turn together, every server in use takes: the least `max_model_len` of them. Known inside `ready`."
+    return min((s.context for s in self._servers if s.context and s.version == self._version), default=None)
+
+# %% ../nbs/10b_vllm_engines.ipynb #61a5b988
+@dataclass(frozen=True)
+class _One:
+    "One server of several."
+    engine: VLLMServerEngine
+    server: _Server
+
+    async def generate(self,
+        ids: list[int],       # tokens so far
+        sampling: Sampling,   # how to draw
+    ) -> Sampled:             # the next turn
+        "The next turn, from this server alone. Raises: EngineError where it failed."
+        try: return await self.engine._try(self.server, list(ids), sampling)
+        except _TooLong: raise
+        except EngineError:
+            self.server.version, self.server.known = None, False
+            raise
+
+@patch
+def fresh(self: VLLMServerEngine) -> list[Any]:   # noqa: F811
+    "Engines (things with `generate`) whose weights were brought since this was last asked, one a server; weights that never change count once. To be asked inside `ready`."
+    fresh = [s for s in self._servers if s.fresh and s.version == self._version]
+    for s in fresh: s.fresh = False
+    return [_One(self, s) for s in fresh]
 
 # %% ../nbs/10b_vllm_engines.ipynb #12ccf65b
 def server_sync(

@@ -1,6 +1,7 @@
 """`VLLMEngine` on the real vLLM: its log-probabilities, its prefixes, its failures."""
 import asyncio
 import threading
+import time
 
 import pytest
 import torch
@@ -44,6 +45,38 @@ def test_rollouts_and_their_logprobs(engine, llm, model, tok, report):
 def test_seeds_schedules_and_loops(engine, tok):
     with engine.ready(0): first, again, turn, other = [[t.completion_ids for t in roll(engine, tok, s, x)] for s, x in ((0, "eager"), (0, "eager"), (0, "turn"), (1, "eager"))]
     assert first == again == turn != other
+
+
+def test_schedule_turn_is_the_same_bits(engine, tok):
+    def bits(version):
+        with engine.ready(version): return [(t.completion_ids, t.logprobs) for t in roll(engine, tok, schedule="turn")]
+    assert bits(0) == bits(1)   # a new version: no prefix is left from the first
+
+
+def test_requests_of_one_pass_are_in_one_step(engine, llm, monkeypatch):
+    counts, real = [], llm.llm_engine.step
+    def step():
+        counts.append(llm.llm_engine.get_num_unfinished_requests())
+        return real()
+    monkeypatch.setattr(llm.llm_engine, "step", step)
+    async def slowly(row):
+        time.sleep(2e-3)   # a step takes no longer
+        return await engine.generate([5, 6, row], Sampling(1, seed=row))
+    async def all_of_them(): return await asyncio.gather(*map(slowly, range(64)))
+    with engine.ready(0): asyncio.run(all_of_them())
+    assert counts[0] == 64
+
+
+def test_weights_are_fresh_once(llm):
+    synced = VLLMEngine(llm, sync=lambda: None)
+    assert not synced.fresh()
+    told = []
+    for version in (0, 0, 1):
+        with synced.ready(version): told += [synced.fresh(), synced.fresh()]
+    assert told == [[synced], [], [], [], [synced], []]
+    never = VLLMEngine(llm)
+    with never.ready(0): assert never.fresh() == [never]
+    with never.ready(1): assert never.fresh() == []
 
 
 @pytest.mark.parametrize("sampling", [Sampling(24, temperature=0.7), Sampling(24, top_k=5), Sampling(24, top_p=0.8), Sampling(24, temperature=0)], ids=str)

@@ -1,5 +1,6 @@
 """`VLLMServerEngine` on real servers on this machine's loopback: ids in and out, new weights, and what fails."""
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -84,16 +85,27 @@ class Stub(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
     def do_GET(self): self.send(200, "")
     def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked += 1
         if self.server.mood == "hang": self.server.over.wait(60)
         elif self.server.mood == "drop": pass
+        elif callable(self.server.mood): self.send(200, json.dumps(self.server.mood(asked["prompt"])))
         else: self.send(*self.server.mood)
+
+
+def answers(ids=(5, 6), logprobs=(-1.0, -1.0), **more):
+    "A stub's mood: an answer of the right shape."
+    parts = {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": logprobs}
+    return lambda prompt: {"choices": [{"token_ids": ids, "prompt_token_ids": prompt, "finish_reason": "stop", "logprobs": parts}]} | more
 
 
 MOODS = {"500": (500, '{"error": "EngineDeadError"}'), "not JSON": (200, "<html>Bad gateway</html>"), "cut": (200, '{"choices": [{"token_ids": [1, 2'),
          "no ids": (200, '{"choices": [{"text": "37"}]}'), "a list": (200, "[]"), "hang": "hang", "drop": "drop",
-         "lengths": (200, '{"choices": [{"token_ids": [1, 2], "prompt_token_ids": [], "finish_reason": "stop", "logprobs": {"tokens": [], "token_logprobs": []}}]}')}
+         "lengths": (200, '{"choices": [{"token_ids": [1, 2], "prompt_token_ids": [], "finish_reason": "stop", "logprobs": {"tokens": [], "token_logprobs": []}}]}'),
+         "404": (404, "gone"), "401": (401, "who are you?"), "brackets": (200, "[" * 200_000), "usage": answers(usage=[1]),
+         "cached": answers(usage={"prompt_tokens_details": {"cached_tokens": "x"}}), "cached too many": answers(usage={"prompt_tokens_details": {"cached_tokens": 10**400}}),
+         "negative": answers((-5, 6)), "huge": answers((2**40, 6)), "outside": answers((100_000, 6)), "likelier than certain": answers(logprobs=(3.0, -1.0)),
+         "minus infinity": answers(logprobs=(-9999.0, -1.0)), "long number": answers(logprobs=(-10**400, -1.0))}
 
 
 @pytest.fixture
@@ -125,8 +137,16 @@ def load_into(llm, model):
 
 
 def test_what_is_wrong_with_the_request_is_a_mistake(urls, tok):
-    with pytest.raises(ValueError, match="1024"): ask(VLLMServerEngine(urls), [prompts_of(tok, 1)[0] * 10])
     with pytest.raises(ValueError, match="404"): ask(VLLMServerEngine(urls, model="another"), prompts_of(tok, 1))
+
+
+@pytest.mark.parametrize("prompt, size", [(2000, 32), (1010, 32), (1024, 1), (200, 2000)], ids=str)
+def test_what_is_too_long_fails_alone(urls, tok, prompt, size):
+    engine = VLLMServerEngine(urls)
+    with engine.ready(0):
+        assert engine.context_tokens == 1024
+        with pytest.raises(EngineError, match="1024"): asyncio.run(engine.generate(prompts_of(tok, 1, prompt)[0], Sampling(size)))
+        assert all(s.up and s.version == 0 for s in engine._servers)
 
 
 def test_a_cancelled_turn_is_aborted_on_the_server(urls, tok):
@@ -143,10 +163,10 @@ def test_a_cancelled_turn_is_aborted_on_the_server(urls, tok):
 
 # New weights
 
-def test_prefixes_of_older_weights_are_not_used(servers, urls, model, tok, tmp_path, monkeypatch):
+def test_prefixes_of_older_weights_are_not_used(servers, urls, make_llm, model, tok, tmp_path):
     prompts, greedy, by_url = prompts_of(tok), Sampling(24, temperature=0), {s.url: s for s in servers}
     worst = lambda turns, m: max((scored(m, p, t.ids) - torch.tensor(t.logprobs)).abs().max().item() for p, t in zip(prompts, turns, strict=True))
-    other_weights(model).save_pretrained(tmp_path / "new")
+    other_weights(model).save_pretrained(tmp_path / "new"), tok.save_pretrained(tmp_path / "new")
     folder, told = {"now": tiny_policy()}, []
     engine = VLLMServerEngine(urls, sync=lambda url: (by_url[url].load(folder["now"]), told.append(url)))
     with pytest.raises(EngineError): asyncio.run(engine.generate(prompts[0], greedy))   # no weights were brought yet
@@ -154,6 +174,7 @@ def test_prefixes_of_older_weights_are_not_used(servers, urls, model, tok, tmp_p
     folder["now"] = tmp_path / "new"
     new, again = ask(engine, prompts, 1, greedy), ask(engine, prompts, 1, greedy)
     assert told == urls * 2 and alike(new, again) and worst(new, model) < 1e-3
+    assert alike(new, ask(VLLMEngine(make_llm(tmp_path / "new")), prompts, 0, greedy))
     assert max(abs(x.logprobs[0] - y.logprobs[0]) for x, y in zip(new, old, strict=True)) > 1e-2
 
     # Had they been kept, one would see it.
@@ -162,6 +183,41 @@ def test_prefixes_of_older_weights_are_not_used(servers, urls, model, tok, tmp_p
     assert worst(stale, type(model).from_pretrained(tiny_policy())) > 1e-2
     folder["now"] = tiny_policy()
     assert worst(ask(engine, prompts, 2, greedy), type(model).from_pretrained(tiny_policy())) < 1e-3
+
+
+def test_a_server_without_the_new_weights_is_told_apart(servers, urls, model, tok, tmp_path):
+    (prompt,), by_url, brought = prompts_of(tok, 1), {s.url: s for s in servers}, []
+    for s in servers: s.load(tiny_policy())
+    other_weights(model).save_pretrained(tmp_path)
+    def sync(url):
+        brought.append(url)
+        if url == urls[0]: by_url[url].load(tmp_path)   # what is sent to the second gets lost
+    engine = VLLMServerEngine(urls, sync=sync)
+    def gaps():
+        "Of each fresh server, and how far it is from the policy."
+        turns = {e.server.url: asyncio.run(e.generate(prompt, Sampling(16, seed=1))) for e in engine.fresh()}
+        return {url: (scored(model, prompt, t.ids) - torch.tensor(t.logprobs)).abs().max().item() for url, t in turns.items()}
+    with engine.ready(1):
+        found = gaps()
+        assert list(found) == urls and found[urls[0]] < 1e-3 and found[urls[1]] > 1e-2
+        assert engine.fresh() == []
+    with engine.ready(1): assert engine.fresh() == []
+    engine._servers[1].version = None   # it was lost, and came back
+    with engine.ready(1): assert list(gaps()) == urls[1:] and brought == [*urls, urls[1]]
+    for s in servers: s.load(tiny_policy())
+
+
+def test_a_server_that_cannot_be_asked_is_out_until_weights_come_again(urls, stub, tok):
+    prompt, stub.mood = prompts_of(tok, 1)[0], (500, "")
+    engine = VLLMServerEngine([stub.url, urls[0]])
+    with engine.ready(0):
+        bad, good = engine.fresh()
+        with pytest.raises(EngineError, match=stub.url): asyncio.run(bad.generate(prompt, Sampling(8)))
+        assert asyncio.run(good.generate(prompt, Sampling(8))).ids and stub.asked == 1
+        stub.mood = answers()
+        for _ in range(4): asyncio.run(engine.generate(prompt, Sampling(8)))
+        assert stub.asked == 1
+    with engine.ready(0): assert [e.server.url for e in engine.fresh()] == [stub.url]
 
 
 def test_a_server_without_nccl_is_left_out(urls, tok):
@@ -178,12 +234,12 @@ def test_a_server_without_nccl_is_left_out(urls, tok):
 @pytest.mark.parametrize("mood", MOODS)
 def test_another_server_answers(urls, stub, tok, mood):
     stub.mood, prompts = MOODS[mood], prompts_of(tok)
-    engine = VLLMServerEngine([stub.url, urls[0]], timeout=3 if mood == "hang" else 60)
+    engine = VLLMServerEngine([stub.url, urls[0]], timeout=3 if mood == "hang" else 60, vocab=len(tok))
     assert alike(ask(engine, prompts), ask(VLLMServerEngine(urls[:1]), prompts))
     assert 0 < stub.asked <= 4   # then it was known to fail
 
 
-@pytest.mark.parametrize("mood", ["500", "cut", "hang", "lengths"])
+@pytest.mark.parametrize("mood", ["500", "cut", "hang", "lengths", "brackets", "usage", "huge"])
 def test_when_all_fail_rollouts_fail(stub, tok, mood):
     stub.mood = MOODS[mood]
     engine = VLLMServerEngine([stub.url], timeout=1)
@@ -205,7 +261,7 @@ def test_one_of_two_is_killed_mid_run(servers, urls, model, tok, report):
     report(f"one of two servers killed with {killed[0]} turns on it: {sum(t.stop is StopReason.FAILED for t in done)} of {len(done)} rollouts failed")
     assert killed and all(t.stop is not StopReason.FAILED for t in done) and gap(model, done) < 1e-3
     assert not engine._servers[0].up and engine._servers[0].version is None
-    with pytest.warns(UserWarning, match="left out"), engine.ready(1): assert all(t.turns for t in roll(engine, tok, 1))
+    with pytest.warns(UserWarning, match="left out"), engine.ready(1): assert [t.error for t in roll(engine, tok, 1) if not t.turns] == []
     servers[1].kill()
     with pytest.raises(EngineError, match="No vLLM server is ready"), engine.ready(2): pass
 
