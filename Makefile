@@ -9,6 +9,8 @@ export PYTHONUTF8 := 1
 test test-slow: export BROWSER_PATH = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 test test-slow: export HF_HUB_OFFLINE = 1
 test test-slow: export HF_DATASETS_OFFLINE = 1
+# Tests run in as many processes as there are cores, and each in one thread.
+test: export OMP_NUM_THREADS = 1
 
 # $(call step,TITLE,COMMAND,WHAT TO DO WHEN IT FAILS)
 define step
@@ -29,8 +31,8 @@ test: .venv/.has-dev  ## all checks, as in CI: style, notebooks in step with mod
 	$(call step,style,ruff check,repair what ruff names (for a file in tirlab, in its notebook))
 	$(call step,notebooks and modules agree,scripts/in_step,commit what has just been brought into step)
 	$(call step,README.md is made from nbs/index.ipynb,scripts/readme --check,run 'make readme' and commit)
-	$(call step,notebooks run,nbdev-test --n-workers 1,run the notebook named above and repair the cell)
-	$(call step,tests,pytest -q,repair what pytest names; 'pytest -x FILE' runs one file)
+	$(call step,notebooks run,nbdev-test --n-workers 2,run the notebook named above and repair the cell)
+	$(call step,tests,pytest -q -n auto --maxprocesses 8 --dist loadfile,repair what pytest names; 'pytest -x FILE' runs one file)
 	@printf '\nAll good.\n'
 
 test-slow: .venv/.has-dev  ## what takes minutes: tests marked slow, and the notebooks' cells marked `#| slow`
