@@ -89,7 +89,7 @@ class Bounds:
         return torch.tensor(list(self.tokens.values()), device=device), self.low.to(device), self.high.to(device)
 
 def places(
-    clamp: Clamp,
+    clamp: Clamp,            # "forbidden" is resolved
     end: str,                # end-of-turn token, by name
 ) -> tuple[str, ...]:        # without "forbidden"
     "Where a clamp holds."
@@ -100,7 +100,7 @@ def places(
 # %% ../nbs/33a_interventions.ipynb #90a9416c
 def token_id(
     token: str,       # by name, as in the vocabulary or as text
-    tokenizer: Any,
+    tokenizer: Any,   # of the policy
 ) -> int:
     "The one token of a name. Raises: ValueError for one that the tokenizer splits or does not know."
     found = tokenizer.convert_tokens_to_ids(token)
@@ -136,7 +136,7 @@ def bounds_of(
 # %% ../nbs/33a_interventions.ipynb #e073b050
 def next_state(
     wrote: Tensor,     # (B, n) int64 tokens of the turn so far
-    bounds: Bounds,
+    bounds: Bounds,    # its `tags`
 ) -> Tensor:           # (B,) int64
     "State in which each row's next token is drawn."
     if not wrote.shape[1]: return wrote.new_zeros(len(wrote))
@@ -147,7 +147,7 @@ def next_state(
 def turn_states(
     trajectories: list[Trajectory],   # B rollouts
     width: int,                       # T
-    bounds: Bounds,
+    bounds: Bounds,                   # its `tags` and `end`
 ) -> Tensor:                          # (B, T) int64; -1 where the model did not write the token
     "State in which each token of a batch was drawn."
     roles = token_roles(trajectories, bounds.tags, width, bounds.end)
@@ -158,7 +158,7 @@ def turn_states(
 class HoldTokens(LogitsProcessor):
     "Keeps tokens within their bounds while one turn of each row is sampled; rows in which no bound is broken keep their scores."
     def __init__(self,
-        bounds: Bounds,
+        bounds: Bounds,  # what holds
         start: int,      # length of the prompts, behind which the turn begins
     ): self.bounds, self.start = bounds, start
 
@@ -182,7 +182,7 @@ class _Clamped:
 def clamped_engine(
     model: Any,         # causal language model
     tokenizer: Any,     # its tokenizer
-    bounds: Bounds,
+    bounds: Bounds,     # what holds
     thread: bool = False,   # sample in a thread of its own, see `BatchEngine`
 ) -> GenerateEngine:
     "The engine for `rollouts`, `evaluate` and the trainer, with tokens held."
@@ -216,7 +216,7 @@ def _clamped_logps(bounds, state, logp, hidden, weight, bias, targets, temperatu
 @contextmanager
 def clamped_loss(
     model: Any,         # with TRL's fused head; the one that is called inside, wrapped as it is
-    bounds: Bounds,
+    bounds: Bounds,     # what holds
     states: Tensor,     # (B, T) int64 of the batch's completions: `turn_states(...)`
 ) -> Iterator[None]:
     "Inside, the log-probabilities of a model's fused head are those of the distribution within the bounds; entropies stay the policy's own. Calls with some of the rows must come in their order. Raises: ValueError where the head scores other positions than the labels."
