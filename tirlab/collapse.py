@@ -40,11 +40,11 @@ def robust_z(
 class Cusum:
     "Finds the point at which a series changes its level. Source: Page's CUSUM (Biometrika 41, 1954), on robust z-scores."
     side: str = "both"      # "up", "down" or "both": where trouble lies
-    limit: float = 8.0      # sum of deviations at which there is an alarm
-    slack: float = 1.0      # deviation that is taken for noise
+    limit: float = 12.0     # sum of deviations at which there is an alarm
+    slack: float = 1.5      # deviation that is taken for noise
     cap: float = 4.0        # most that one value may add, so that no single one is an alarm
-    window: int = 16        # values that are remembered as usual
-    warmup: int = 6         # values before anything is said
+    window: int = 32        # values that are remembered as usual
+    warmup: int = 8         # values before anything is said
     past: deque = field(default_factory=deque)
     sums: dict[str, float] = field(default_factory=lambda: {"up": 0.0, "down": 0.0})
 
