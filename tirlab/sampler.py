@@ -114,7 +114,11 @@ class Canary:
         start, sampling = time.perf_counter(), Sampling(16, self.args.temperature, seed=noise_seed(self.args.seed, "canary"))
         prompt, fresh = prompt[-64:], engine.fresh() if hasattr(engine, "fresh") else [engine] * (version != self._version)   # any prompt will do
         if not fresh: return
-        sampled = [run_async(partial(e.generate, prompt, sampling)) for e in fresh]
+        sampled, problem = [], None
+        for one in fresh:
+            try: sampled.append(run_async(partial(one.generate, prompt, sampling)))
+            except EngineError as e: problem = e   # a server that cannot answer is out of use now
+        if not sampled: raise problem
         self._version, self._asked = version, (prompt, sampled, time.perf_counter() - start)
 
     def check(self,
