@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_probes import batch, make
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer import utils as fused_head
 
 from tirlab.all import Sampling, TIRConfig, TIRTrainer, evaluate, generate, make_tasks, tiny_policy
 from tirlab.collapse_signals import token_roles
+from tirlab.evaluate import restore
 from tirlab.interventions import (FLOOR, Bounds, Clamp, HoldTokens, _Clamped, bounds_of, clamped_engine, clamped_loss, clamps_from, held, next_state, places,
                                   random_clamps, turn_states)
 from tirlab.probes import ControlProbe
@@ -51,7 +52,7 @@ def test_bounds_hold_and_all_others_keep_their_proportions(problem):
     assert q.sum().item() == pytest.approx(1, abs=1e-9) and (q[:, ids] >= low - 1e-9).all() and (q[:, ids] <= high + 1e-9).all()
     at_bound = torch.zeros_like(p, dtype=torch.bool).index_copy_(1, ids, ((q[:, ids] - low).abs() < 1e-9) | ((q[:, ids] - high).abs() < 1e-9))
     factor = (q / p)[~at_bound & (p > 1e-12)]
-    if len(factor) and factor[0] > 0:   # one factor for all that are free, and whoever is at a bound could not follow it
+    if len(factor) and factor[0] > 0 and low.sum() < 1 - 1e-6:   # one factor for all that are free, and whoever is at a bound could not follow it
         assert (factor / factor[0] - 1).abs().max() < 1e-6
         follow = (factor[0] * p[:, ids]).clamp(low, high)
         assert (follow - q[:, ids]).abs().max() < 1e-6
@@ -273,38 +274,20 @@ def test_a_head_that_scores_something_else():
 
 # In the trainer
 
-class Held(TIRTrainer):
-    "The wiring: the engine holds tokens while sampling, every forward pass that scores holds them too."
-    def __init__(self, *args, clamps=(), intervene="both", **kwargs):
-        super().__init__(*args, **kwargs)
-        self.bounds, self.intervene, self.seen = bounds_of(clamps, self._tokenizer) if clamps else None, intervene, []
-        if self.bounds and intervene != "training": self._sampler = clamped_engine(self.accelerator.unwrap_model(self.model), self._tokenizer, self.bounds)
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        if self.bounds: output["clamped"] = turn_states(self._batch, output["completion_ids"].shape[1], self.bounds)
-        return output
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if not self.bounds or self.intervene == "sampling": return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        states = self._in_loss[0]["clamped"] if self._in_loss else turn_states(self._batch, logits_to_keep, self.bounds)
-        with clamped_loss(model, self.bounds, states): out = super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        if self._in_loss:
-            inputs, mask = self._in_loss
-            old = inputs.get("old_per_token_logps", inputs["sampling_per_token_logps"])
-            self.seen.append(((out[0].detach() - old).exp() * mask)[mask.bool()])
-        return out
-
-
 def length_reward(completions, **_):
     return [float(len(str(c)) % 7) for c in completions]
 
 
-def run(folder, steps=2, **options):
-    held_options = {k: options.pop(k) for k in ("clamps", "intervene") if k in options}
+def run(folder, steps=2, clamps=None, **options):
     common = dict(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=8, max_completion_length=160, seed=0,
                   learning_rate=1e-4, save_strategy="no", disable_tqdm=True, report_to="none", probe="on", temperature=0.7, trace=False)
-    t = Held(tiny_policy(), length_reward, TIRConfig(**common | options), make_tasks("arithmetic", n=8), environment_factory=ENVIRONMENTS, **held_options)
+    t = TIRTrainer(tiny_policy(), length_reward, TIRConfig(**common | options), make_tasks("arithmetic", n=8), environment_factory=ENVIRONMENTS, interventions=clamps)
+    t.seen, loss = [], t._compute_loss
+    def note(model, inputs):   # importance ratios, against the sampler where there is no older forward pass
+        out, mask = loss(model, inputs), (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+        t.seen.append((t._scores[0] - inputs.get("old_per_token_logps", inputs["sampling_per_token_logps"])).exp()[mask])
+        return out
+    t._compute_loss = note
     t.train()
     return t, {k: [m[k] for m in t.state.log_history if k in m] for m in t.state.log_history for k in m}
 
@@ -324,7 +307,7 @@ def test_the_trainers_loss_is_that_of_all_logits(tmp_path):
     t.model.train()
     inputs = t._generate_and_score_completions([t.train_dataset[0]] * 8)
     ids, attention = (torch.cat([inputs[f"prompt_{k}"], inputs[f"completion_{k}"]], 1) for k in ("ids", "mask"))
-    mask, states, results = inputs["completion_mask"] * inputs["tool_mask"], inputs["clamped"].flatten(), []
+    mask, states, results = inputs["completion_mask"] * inputs["tool_mask"], inputs["states"].flatten(), []
     def plain():
         z = t.model(input_ids=ids, attention_mask=attention).logits[:, -mask.shape[1] - 1:-1].flatten(0, 1) / 0.7
         q = torch.where((states >= 0)[:, None], held(z, t.bounds.to("cpu")[0], t.bounds.low[states], t.bounds.high[states]), z.log_softmax(1))
@@ -351,3 +334,23 @@ def test_clamps_that_hold_nothing_change_nothing(tmp_path):
     loose = [Clamp("<tool_call>", "everywhere", high=0.9999999), Clamp("a", "start", low=0)]
     (plain, _), (clamps, _) = (run(tmp_path / str(i), clamps=c) for i, c in enumerate(([], loose)))
     assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), clamps.model.parameters(), strict=True))
+
+
+def test_clamps_come_and_go_while_training(tmp_path):
+    "From the next batch on, in sampler and loss at once; engines that cannot hold are refused."
+    class Switch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step < 3: t.intervene([Clamp("<tool_call>", "start", high=0)] if state.global_step == 1 else None)
+    t = TIRTrainer(tiny_policy(), length_reward, TIRConfig(output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=16, num_generations=8, max_completion_length=160, seed=0,
+                   learning_rate=1e-5, save_strategy="no", report_to="none", trace=False), make_tasks("arithmetic", n=8), environment_factory=ENVIRONMENTS, callbacks=[Switch()])
+    t.train()
+    logs = t.state.log_history[:-1]
+    assert [m["turns/tool_call"] > 0 for m in logs] == [True, False, True] and max(m["sync/gap_max"] for m in logs) < 1e-3
+    assert min(m["probe/tool_call/turn_start_mean"] for m in logs) > 0.3   # the probe hears the policy itself
+    t.args.intervene, t.engine_name = "both", "continuous"
+    with pytest.raises(ValueError, match="choose that engine"): t.intervene([Clamp("<tool_call>", high=0)])
+
+
+def test_restore(tmp_path):
+    same = restore(policy(), TOKENIZER, [Clamp("<tool_call>", "start", high=0)], make_tasks("lookup", "test", 8), ENVIRONMENTS)
+    assert not any(t.calls for t in same.trajectories)

@@ -2,6 +2,7 @@
 from tirlab.advantages import *
 from tirlab.calls import *
 from tirlab.confidence import *
+from tirlab.collapse import Alarm as Alarm, CollapseMonitor as CollapseMonitor, Detectors as Detectors
 from tirlab.config import *
 from tirlab.continuous import ContinuousEngine as ContinuousEngine
 from tirlab.drift import assert_masks as assert_masks, drift_check as drift_check, drift_check_model as drift_check_model
@@ -12,6 +13,7 @@ from tirlab.executions import Execution as Execution, Limits as Limits, SandboxF
 from tirlab.formats import *
 from tirlab.interpreters import Interpreter as Interpreter
 from tirlab.remote import least_loaded as least_loaded, ray_nodes as ray_nodes, remote as remote
+from tirlab.interventions import Clamp as Clamp, clamps_from as clamps_from, random_clamps as random_clamps
 from tirlab.presets import PRESETS as PRESETS, preset as preset
 from tirlab.rewards import *
 from tirlab.rollout import *

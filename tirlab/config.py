@@ -86,6 +86,7 @@ class TIRConfig(PromptConfig):
     schedule: str = field(default="auto", metadata={"help": "'turn' samples when all rollouts have asked, reproducibly; 'eager' lets nobody wait. 'auto': turn on a CPU and with engine='trl', else eager."})
     vllm_servers: list[str] | None = field(default=None, metadata={"help": "Addresses of several vLLM servers, e.g. http://node1:8000, for engine='server'; TRL connects to the first."})
     sync_tolerance: float | None = field(default=None, metadata={"help": "Largest gap, in nats a token, between engine and trainer on a canary after each transfer of weights; above it the run stops. None: 0.001 in float32, 0.3 in 16 bits."})
+    intervene: str = field(default="both", metadata={"help": "Where the trainer's `interventions` hold tokens within bounds: in 'sampling', in 'training' (what the loss scores) or in 'both'."})
     probe: str = field(default="warn", metadata={"help": "Probabilities of control tokens at every position, from the loss's own forward pass: 'on', where it cannot be had training stops and says why; 'warn' goes on without; 'off'."})
     trace: bool = field(default=True, metadata={"help": "Write a run folder while training."})
     run_dir: str | None = field(default=None, metadata={"help": "Run folder to write; None makes a new one, named by the time, in `output_dir`."})
@@ -118,7 +119,7 @@ def engine_of(
     return engine, args.schedule if args.schedule != "auto" else "turn" if cpu or engine == "trl" else "eager"
 
 # %% ../nbs/40_config.ipynb #9d533c54
-CHOICES = {"advantage": tuple(ESTIMATORS), "normalisation": ("pooled", "per_turn_index", "first_return"), "prompt_sampling": ("none", "mopps", "curriculum"), "probe": ("on", "warn", "off"), "void_filter": FILTERS, "malformed_calls": ("observe", "stop"), "void_turns": ("stop", "observe"), "schedule": ("auto", "turn", "eager"),
+CHOICES = {"advantage": tuple(ESTIMATORS), "normalisation": ("pooled", "per_turn_index", "first_return"), "prompt_sampling": ("none", "mopps", "curriculum"), "probe": ("on", "warn", "off"), "intervene": ("both", "sampling", "training"), "void_filter": FILTERS, "malformed_calls": ("observe", "stop"), "void_turns": ("stop", "observe"), "schedule": ("auto", "turn", "eager"),
            "call_format": (None, *SYNTAXES), "engine": ("auto", "generate", "continuous", "vllm", "server", "trl")}
 
 def _check_values(args):

@@ -8,6 +8,7 @@ __all__ = ['step_on_record', 'row_fields', 'record_left_out', 'free_folder', 're
 # %% ../nbs/40d_recording.ipynb #09759524
 import json, os, time
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 # %% ../nbs/40d_recording.ipynb #2fb16ac8
@@ -78,7 +79,7 @@ def _start(trainer, resume):
     if trainer.run_dir is None: trainer.run_dir = free_folder(os.path.join(trainer.args.output_dir, time.strftime("run-%Y%m%d-%H%M%S")))
     if not again: trainer._rows_of_step = {}
     markers, probe = make_format(trainer.args.call_format, trainer._tokenizer, trainer.tools).control_ids(), trainer._watch.probe
-    meta = dict(model=trainer.model.config._name_or_path, config=trainer.args.to_dict(), control_tokens=list(markers), probed_tokens=list(probe.tokens) if probe else [], tools=[t.__name__ for t in trainer.tools], sandbox=isolation_of(list((trainer.environment_factories or {}).values())),
+    meta = dict(model=trainer.model.config._name_or_path, config=trainer.args.to_dict(), control_tokens=list(markers), probed_tokens=list(probe.tokens) if probe else [], interventions=[asdict(c) for c in trainer.clamps], tools=[t.__name__ for t in trainer.tools], sandbox=isolation_of(list((trainer.environment_factories or {}).values())),
                 versions={m.__name__: m.__version__ for m in (tirlab, torch, __import__("transformers"), __import__("trl"))})
     trainer._recorder = Recorder(RunWriter(trainer.run_dir, meta, trainer.accelerator.process_index, resume=again or resume), trainer._tokenizer)
     if trainer.is_world_process_zero() and not again: print(f"Run folder: {trainer.run_dir}\nLook at it with: tirlab app {trainer.run_dir}")

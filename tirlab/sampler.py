@@ -18,6 +18,7 @@ from trl.models import unwrap_model_for_generation
 # %% ../nbs/40a_sampler.ipynb #be2386ed
 from .config import TIRConfig
 from .engines import BatchEngine, EngineError, GenerateEngine, Sampled, Sampling, noise_seed
+from .interventions import clamped_engine
 from .rollout import run_async
 
 # %% ../nbs/40a_sampler.ipynb #5f7b7415
@@ -53,6 +54,7 @@ def make_engine(
     name, policy = trainer.engine_name, trainer.accelerator.unwrap_model(trainer.model)
     if name in ("generate", "continuous") and trainer.accelerator.num_processes > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled and not trainer.args.ds3_gather_for_generation):
         raise ValueError("Where each process holds a part of the policy all of them must sample together, and transformers' engines do not; use use_vllm=True, or ds3_gather_for_generation=True with DeepSpeed.")
+    if trainer.bounds and trainer.args.intervene != "training": return clamped_engine(policy, trainer._tokenizer, trainer.bounds, thread=trainer.schedule == "eager")
     if name == "generate": return GenerateEngine(policy, trainer._tokenizer, thread=trainer.schedule == "eager")
     if name == "continuous":
         from tirlab.continuous import ContinuousEngine

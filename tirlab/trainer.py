@@ -30,6 +30,7 @@ from .engines import EngineError
 from .environments import check_tool
 from .filters import filtered_mask, loss_tokens, overlong
 from .formats import make_format, tool_schemas
+from .interventions import Clamp, bounds_of, clamped_loss, turn_states
 from .recording import free_folder, record_left_out, recording, row_fields, step_on_record
 from .rollout import rollout_metrics, rollouts
 from .sampler import calls_as_text, gathered, keep_up, make_canary, make_engine, sampling_of, trl_engine
@@ -86,6 +87,7 @@ class TIRTrainer(GRPOTrainer):
         processing_class: Any = None,        # tokenizer; None loads the model's
         tools: list[Callable] | None = None,   # plain typed functions
         environment_factory: Any = None,     # class, callable, or dict of them by the `environment` column
+        interventions: list[Clamp] | None = None,   # tokens held within bounds, where `args.intervene` says
         **kwargs,                            # callbacks, optimizers, peft_config, ...: as for GRPOTrainer
     ):
         args, rewards = args or TIRConfig(), reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -110,6 +112,8 @@ class TIRTrainer(GRPOTrainer):
             if self.environment_factories: self._env_tools = {name: tool_schemas(tools) for name, tools in self._env_tools.items()}   # TRL makes them anew for every row
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
+        self.bounds = None
+        self.intervene(interventions)
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
         self._inputs, self._sampling, self._filled = [], None, None   # rows of the batch; those that are only sampled now; a batch put together
         self._batches = Batches(args, train_dataset, self.reward_weights, self.accelerator.process_index, self.accelerator.num_processes, gather_object) if train_dataset is not None else None
@@ -138,6 +142,27 @@ def _tokenize_prompts(self: TIRTrainer, prompts):
     return [f.prompt(p) for f, p in zip(self._formats(len(prompts)), prompts)], None, {}
 
 # %% ../nbs/41_trainer.ipynb #ffbdfb66
+@patch
+def intervene(self: TIRTrainer,
+    clamps: list[Clamp] | None,   # None lets go
+):
+    "Hold tokens within bounds from the next batch on that is sampled for training. Raises: ValueError for clamps that cannot hold."
+    self.clamps, self._next_bounds = clamps or [], bounds_of(clamps, self._tokenizer) if clamps else None
+    if clamps and self.args.intervene != "training" and self.engine_name != "generate":
+        raise ValueError(f"interventions hold tokens in engine='generate' only, and this one is {self.engine_name!r}; choose that engine, or intervene='training'.")
+    if not self.bounds and not self.is_in_train: self._take_bounds()
+
+@patch
+def _take_bounds(self: TIRTrainer):
+    "What was asked of `intervene` is so from now on."
+    if self.bounds is not self._next_bounds: self.bounds, self._sampler = self._next_bounds, None
+
+@patch
+def _within_bounds(self: TIRTrainer, model, width):
+    "Inside, tokens are scored within their bounds."
+    if not self.bounds or self.args.intervene == "sampling": return nullcontext()
+    return clamped_loss(model, self.bounds, self._in_loss[0]["states"] if self._in_loss else turn_states(self._batch, width, self.bounds))
+
 @patch
 def _noise(self: TIRTrainer, n):
     "Names of the noise of the `n` rollouts that are made now, seed, split and step, and the number of the first among the rows of the step, all processes'."
@@ -333,8 +358,10 @@ def _token_advantages(self: TIRTrainer, by_turn, width):
 @patch
 def _generate_and_score_completions(self: TIRTrainer, inputs):
     "TRL's batch, with the credit and without the tokens that the arguments say, and a number a row by which the loss finds its record."
+    if self.model.training: self._take_bounds()
     self._inputs = inputs = self._choose(inputs)
     output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
+    if self.bounds: output["states"] = turn_states(self._batch, output["completion_ids"].shape[1], self.bounds).to(output["completion_mask"].device)
     if self._filled:   # TRL reset the environments once more
         for environment in self.environments or []: getattr(environment, "_close", lambda: None)()
     if self._batches and self.model.training and not self._filled: self._batches.learn(total_rewards(self._rewards, self.reward_weights))
@@ -427,9 +454,10 @@ def _open_records(self: TIRTrainer, inputs, by_turn, rewards, advantages, droppe
 
 # %% ../nbs/41_trainer.ipynb #d84c0dd0
 @patch
-def _get_per_token_logps_and_entropies(self: TIRTrainer, *args, **kwargs):
+def _get_per_token_logps_and_entropies(self: TIRTrainer, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
     "TRL's, keeping the last result that has entropies: the one of the loss, which reads its advantages only afterwards."
-    out = super(TIRTrainer, self)._get_per_token_logps_and_entropies(*args, **kwargs)
+    with self._within_bounds(model, logits_to_keep):
+        out = super(TIRTrainer, self)._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
     if out[1] is not None: self._scores = out[0].detach(), out[1].detach()
     if out[1] is not None and self._in_loss is not None and self.model.training:
         inputs, mask, self._logp = *self._in_loss, out[0]
