@@ -2,16 +2,17 @@
 
 import asyncio
 import decimal
+import functools
 import os
 import threading
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, answer_reward, make_tasks, open_run, tiny_policy
 from tirlab.calls import RolloutLimits, abandoned_tools, run_call
-from tirlab.engines import EngineError, GenerateEngine, Sampled, noise_seed
+from tirlab.engines import EngineError, GenerateEngine, Sampled, Sampling, generate, noise_seed
 from tirlab.formats import tool_schemas
 from tirlab.sampler import Canary
 from tirlab.trajectory import ToolCall, ToolError
@@ -218,3 +219,20 @@ def test_schemas_follow_the_function():
     assert (first, tool_schemas([tool])[0]["function"]["description"]) == ("Add.", "Subtract.") and tool_schemas([{"type": "function"}]) == [{"type": "function"}]
 
 
+
+
+# ---- engines
+
+
+def test_equal_prompts_are_computed_once_and_drawn_like_others():
+    "A group's first turns with shared keys and values, and each prompt alone: same tokens, same log-probabilities."
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy()).eval()
+    prompts = [TOK.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=False) for r in make_tasks("all", n=3) for _ in range(4)]
+    samplings, widths, inner = [Sampling(40, seed=noise_seed(0, i)) for i in range(12)], [], model.forward
+    model.forward = functools.wraps(inner)(lambda *args, **kwargs: widths.append(kwargs["input_ids"].shape) or inner(*args, **kwargs))
+    together = generate(model, TOK, prompts, samplings)
+    longest = max(map(len, prompts))
+    assert widths[0] == (3, longest - 1) and widths[1] == (12, 1)
+    for prompt, sampling, turn in zip(prompts, samplings, together):
+        alone = generate(model, TOK, [prompt], sampling)[0]
+        assert alone.ids == turn.ids and alone.logprobs == pytest.approx(turn.logprobs, abs=1e-4)

@@ -7,7 +7,7 @@ __all__ = ['Sampled', 'Sampling', 'EngineError', 'noise_seed', 'gumbel', 'proces
            'BatchEngine', 'GenerateEngine']
 
 # %% ../nbs/10_engines.ipynb #c8382218
-import asyncio, hashlib
+import asyncio, hashlib, inspect
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from typing import Any, Callable
 # %% ../nbs/10_engines.ipynb #9b341a83
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 # %% ../nbs/10_engines.ipynb #39200c42
@@ -129,6 +129,19 @@ def end_tokens(
     return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
 
 # %% ../nbs/10_engines.ipynb #8c6426ca
+def _shared(model, prompts, ids, mask):
+    "Keys and values of all but the last token of every prompt, computed once for equal ones; nothing where few are equal, or the model keeps something else."
+    row = {}
+    for i, p in enumerate(map(tuple, prompts)): row.setdefault(p, i)
+    if 2 * len(row) > len(prompts) or ids.shape[1] < 2 or "position_ids" not in inspect.signature(model.forward).parameters: return {}
+    first, copies = list(row.values()), [list(row).index(tuple(p)) for p in prompts]
+    positions = (mask[first].cumsum(1) - 1).clamp(min=0)
+    kept = model(input_ids=ids[first, :-1], attention_mask=mask[first, :-1], position_ids=positions[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    if type(kept) is not DynamicCache: return {}
+    kept.batch_select_indices(torch.tensor(copies, device=ids.device))
+    return {"past_key_values": kept}
+
+# %% ../nbs/10_engines.ipynb #1eab75f7
 @torch.no_grad()
 def generate(
     model: Any,                   # causal language model
@@ -144,7 +157,7 @@ def generate(
     draw = _Draw(None if seeds is None else torch.tensor(seeds, device=model.device), ids.shape[1])
     config = GenerationConfig(max_new_tokens=max(s.max_new_tokens for s in samplings), pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, do_sample=False,
                               repetition_penalty=one.repetition_penalty, stop_strings=list(one.stop) or None, disable_compile=True)
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([*processors(one), draw]),
+    out = model.generate(input_ids=ids, attention_mask=mask, **_shared(model, prompts, ids, mask), generation_config=config, logits_processor=LogitsProcessorList([*processors(one), draw]),
                          tokenizer=tokenizer if one.stop else None, synced_gpus=False)   # processes make different numbers of calls
     rows = zip(out[:, ids.shape[1]:].tolist(), torch.stack(draw.logprobs, 1).tolist(), samplings)
     return [Sampled(i[:n], p[:n], stop) for i, p, s in rows for n, stop in [cut(i, ends, tokenizer, s)]]

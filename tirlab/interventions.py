@@ -173,6 +173,7 @@ class _Clamped:
     "A policy that samples with its tokens held, and is itself in all else."
     def __init__(self, model, bounds): self._model, self._bounds = model, bounds
     def __getattr__(self, name): return getattr(self._model, name)
+    def __call__(self, *args, **kwargs): return self._model(*args, **kwargs)
 
     def generate(self, input_ids, logits_processor, **kwargs):
         *before, draw = logits_processor   # `tirlab.engines.generate` draws last
