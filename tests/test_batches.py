@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
-from tirlab.batches import Batches, Group, replayed, task_name
-from tirlab.prompts import Replay
+from tirlab.batches import Batches, Filled, Group, replayed, task_name
+from tirlab.prompts import Replay, failed, supervised_rounds
 from tirlab.trajectory import StopReason, Trajectory, Turn, TurnKind
 
 TOK = AutoTokenizer.from_pretrained(tiny_policy(), padding_side="left")
@@ -166,3 +166,36 @@ def test_the_reference_is_the_policy_that_was_given(tmp_path, monkeypatch):
     args = TIRConfig(output_dir=str(tmp_path), beta=0.1, num_generations=GROUP, per_device_train_batch_size=8, report_to="none")
     t = TIRTrainer(model, [reward], args, TASKS, environment_factory=PythonEnvironment)
     assert all(torch.equal(a, b) for a, b in zip(t.ref_model.parameters(), t.model.parameters()))
+
+
+# ---- algorithms.md §5, traps 5 and 6
+
+
+def test_what_was_sampled_with_a_hint_is_scored_without_it(tmp_path, monkeypatch):
+    "A rollout whose prompt was replaced: old and new log-probabilities are those of the prompt in the batch, and what the sampler said is no old log-probability."
+    t = trainer(tmp_path, monkeypatch, trace=False, gradient_accumulation_steps=1, steps_per_generation=2, per_device_train_batch_size=GROUP, num_iterations=1)
+    row = TASKS[1]
+    bare = TOK.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    said = [Turn(TOK.encode(f"{i}<|im_end|>"), {"role": "assistant", "content": str(i)}, TurnKind.RESPONSE, logprobs=None if i == 0 else [-3.0] * len(TOK.encode(f"{i}<|im_end|>"))) for i in range(2 * GROUP)]
+    hinted = [Trajectory(bare, [turn], StopReason.ANSWER) for turn in said]     # row 0 had a hint in front, which is gone
+    filled = Filled([row] * 2 * GROUP, hinted, ["hinted", *["sampled"] * (2 * GROUP - 1)], torch.tensor([[float(i % 2)] for i in range(2 * GROUP)]), [], [])
+    monkeypatch.setattr(t, "_batches", type("Given", (), {"collects": True, "fill": lambda self, inputs, sample: filled})())
+    t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
+    t.model.train()
+    out = t._generate_and_score_completions([row] * 2 * GROUP)
+    assert all(p[m.bool()].tolist() == bare for p, m in zip(out["prompt_ids"], out["prompt_mask"]))
+    with torch.no_grad(): logits = t.model(torch.tensor([bare + said[0].ids])).logits[0, len(bare) - 1:-1].log_softmax(1)
+    wanted = logits.gather(1, torch.tensor(said[0].ids)[:, None])[:, 0]
+    assert torch.allclose(out["old_per_token_logps"][0, :len(wanted)], wanted, atol=1e-4)
+    n = len(said[0].ids)
+    assert out["sampling_per_token_logps"][0, :n].isnan().all() and not out["sampling_per_token_logps"][1, :n].isnan().any()
+    half = {k: v[:GROUP] if v.dim() else v for k, v in out.items()}
+    assert torch.isfinite(t._compute_loss(t.model, half)) and torch.allclose(t._scores[0][0, :n], wanted, atol=1e-4)
+
+
+def test_when_a_task_has_failed_and_when_it_is_learnt_from():
+    nan = float("nan")
+    assert [failed(r, 0.5) for r in ([0, 0.5], [0, 1], [nan, 0], [nan, nan], [])] == [True, False, True, False, False]
+    assert [failed(r, 0.5, "any") for r in ([0, 0.5], [0, 1], [1, 1], [nan, 1], [nan, 0])] == [True, True, False, False, True]
+    with pytest.raises(ValueError, match="choose 'all' or 'any'"): failed([0], rule="some")
+    assert supervised_rounds([50, 100, 150]) == [50, 150] and supervised_rounds([50]) == []
