@@ -119,6 +119,17 @@ def test_the_canary_asks_everyone_who_was_brought_weights():
     assert canary.check(Model()) == {}
 
 
+def test_where_nobody_can_be_asked_the_batch_is_the_canary(tmp_path):
+    "Several processes that sample together: the gap of their rollouts stops the run, before the optimiser steps."
+    t = trainer(tmp_path, trace=False)
+    t._canary = Canary(t.args, needed=False, blind=True)
+    t.train()
+    before, t._canary, inner = [p.clone() for p in t.model.parameters()], Canary(t.args, needed=False, blind=True), t._sampler._sample
+    t._sampler._sample = lambda prompts, samplings: [Sampled(s.ids, [p - 0.1 for p in s.logprobs], s.stop) for s in inner(prompts, samplings)]
+    with pytest.raises(EngineError, match="0.1 nats a token from the trainer's"): t.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters()))
+
+
 def test_training_with_continuous_batching_is_training_with_generate(tmp_path):
     "The same rollouts and the same step, whichever of transformers' engines sampled."
     rows = []

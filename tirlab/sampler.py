@@ -104,7 +104,8 @@ class Canary:
         args: TIRConfig,      # temperature, seed, `sync_tolerance`, precision
         needed: bool = True,  # whether the engine has weights of its own
         full: bool = True,    # whether it computes in float32
-    ): self.args, self.needed, self.full, self._version, self._asked = args, needed, full, None, None
+        blind: bool = False,  # whether nobody can be asked alone, so that the rollouts themselves must do
+    ): self.args, self.needed, self.full, self.blind, self._version, self._asked = args, needed, full, blind, None, None
 
     def ask(self,
         engine: Any,         # inside `ready`
@@ -132,12 +133,24 @@ class Canary:
         model.eval()
         gap = max(self._gap(model, prompt, s) for s in sampled)
         model.train(training)
-        full = self.full and model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-        allowed = self.args.sync_tolerance or (0.001 if full else 0.3)
-        if gap <= allowed: return {"sync/canary_gap": gap, "sync/canary_seconds": seconds + time.perf_counter() - start}
+        if gap <= (allowed := self._allowed(model)): return {"sync/canary_gap": gap, "sync/canary_seconds": seconds + time.perf_counter() - start}
         raise EngineError(f"The engine does not sample from the policy that is trained: on a canary of {max(len(s.ids) for s in sampled)} tokens their log-probabilities differ by up to "
                           f"{gap:.3g} nats, sync_tolerance allows {allowed:g}. The transfer of weights failed, or engine and trainer compute differently; "
                           "nothing was trained on these rollouts.")
+
+    def heed(self,
+        gap: float,    # between the sampler of a batch and the trainer on the same weights, mean over its tokens, nats
+        model: Any,    # the policy
+    ) -> None:
+        "Where nobody could be asked, judge by the batch. Raises: EngineError where the gap is above the tolerance."
+        if self.blind and gap > self._allowed(model):
+            raise EngineError(f"The sampler's log-probabilities are {gap:.3g} nats a token from the trainer's, sync_tolerance allows {self._allowed(model):g}. "
+                              "The transfer of weights failed, or engine and trainer compute differently.")
+
+    def _allowed(self, model):
+        "Largest gap, nats a token."
+        full = self.full and model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        return self.args.sync_tolerance or (0.001 if full else 0.3)
 
     def _gap(self, model, prompt, sampled):
         "Largest distance between the engine's log-probabilities and the policy's."
@@ -154,4 +167,4 @@ def make_canary(
     args, alone = trainer.args, trainer.engine_name != "trl" or trainer.accelerator.num_processes == 1
     if not args.use_vllm: return Canary(args, trainer.engine_name == "continuous")
     colocated = args.vllm_mode == "colocate"
-    return Canary(args, alone, colocated and trainer.vllm_generation.llm.llm_engine.model_config.dtype == torch.float32)
+    return Canary(args, alone, colocated and trainer.vllm_generation.llm.llm_engine.model_config.dtype == torch.float32, blind=not alone)

@@ -507,6 +507,7 @@ def _log_gap(self: TIRTrainer, inputs):
     gap, mode = (self._scores[0] - inputs["sampling_per_token_logps"]).abs()[mask].float(), "train" if self.model.training else "eval"
     total, tokens, most = self.accelerator.gather(torch.stack([gap.sum(), mask.sum(), gap.max() if len(gap) else gap.sum()])[None]).unbind(1)
     if not tokens.sum(): return
+    self._canary.heed((total.sum() / tokens.sum()).item(), self.model)
     for name, value in {"sync/gap_mean": total.sum() / tokens.sum(), "sync/gap_max": most.max()}.items(): self._metrics[mode][name].append(value.item())
 
 # %% ../nbs/41_trainer.ipynb #a4e9ac73
