@@ -6,9 +6,9 @@
 __all__ = ['SIGNALS', 'robust_z', 'Cusum', 'Alarm', 'Detectors', 'culprits', 'CollapseMonitor']
 
 # %% ../nbs/32_collapse.ipynb #3b5d5c1f
-import json, os, time, warnings
+import json, os, shutil, time, warnings
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Callable
@@ -189,7 +189,7 @@ class CollapseMonitor(TrainerCallback):
         if not logs or any(k.startswith("eval_") for k in logs): return
         found = self.detectors.update(state.global_step, logs)
         if not found: return
-        found = [Alarm(**asdict(a) | {"culprits": self.trainer._watch.culprits(a.signal) if self.trainer else []}) for a in found]
+        if self.trainer: found = [replace(a, culprits=self.trainer._watch.culprits(a.signal)) for a in found]
         self.alarms += found
         warnings.warn("Collapse alarm, " + "; ".join(map(str, found[:3])), stacklevel=2)
         if state.is_world_process_zero and self.trainer and self.trainer.run_dir and self.trainer.args.trace:
@@ -203,10 +203,10 @@ class CollapseMonitor(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not (self.keep_every and state.global_step % self.keep_every == 0 and self.detectors.calm() and state.is_world_process_zero): return
-        folder, new = Path(args.output_dir) / "healthy", Path(args.output_dir) / ".healthy.new"
+        folder, new, old = (Path(args.output_dir) / name for name in ("healthy", ".healthy.new", ".healthy.old"))
         model.save_pretrained(new)
         if self.trainer: self.trainer.processing_class.save_pretrained(new)
-        if folder.exists(): folder.rename(folder.with_name(".healthy.old"))
+        if folder.exists(): folder.rename(old)
         new.rename(folder)
-        if (old := folder.with_name(".healthy.old")).exists(): [p.unlink() for p in old.iterdir()]; old.rmdir()
+        shutil.rmtree(old, ignore_errors=True)
         self.healthy = str(folder)

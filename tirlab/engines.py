@@ -131,10 +131,10 @@ def end_tokens(
 # %% ../nbs/10_engines.ipynb #8c6426ca
 def _shared(model, prompts, ids, mask):
     "Keys and values of all but the last token of every prompt, computed once for equal ones; nothing where few are equal, or the model keeps something else."
-    row = {}
-    for i, p in enumerate(map(tuple, prompts)): row.setdefault(p, i)
-    if 2 * len(row) > len(prompts) or ids.shape[1] < 2 or "position_ids" not in inspect.signature(model.forward).parameters: return {}
-    first, copies = list(row.values()), [list(row).index(tuple(p)) for p in prompts]
+    number = {}   # of each prompt among the different ones
+    copies = [number.setdefault(tuple(p), len(number)) for p in prompts]
+    if 2 * len(number) > len(prompts) or ids.shape[1] < 2 or "position_ids" not in inspect.signature(model.forward).parameters: return {}
+    first = [copies.index(i) for i in range(len(number))]
     positions = (mask[first].cumsum(1) - 1).clamp(min=0)
     kept = model(input_ids=ids[first, :-1], attention_mask=mask[first, :-1], position_ids=positions[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
     if type(kept) is not DynamicCache: return {}

@@ -76,7 +76,7 @@ _PROMPTS = {
     "mopps": Preset("MoPPS, 2507.04632", dict(prompt_sampling="mopps", mopps_pool=16, mopps_decay=1.0, num_generations=8), "A reward above 0.5 is a success; the rest is TRL's defaults."),
     "arpo": Preset("ARPO, 2505.16282", dict(replay_successes=8, num_generations=8), "Buffer size, draw and what counts as a success (a reward above 0.5) are ours; the rest is TRL's defaults."),
     "empo": Preset("EMPO, 2504.05812", dict(num_generations=8), "Rewards agreement, needs no reference answers. Its band of entropies for prompts that are neither settled nor hopeless is not known and not set.", reward=agreement_reward),
-    "rlcr": Preset("RLCR, 2507.16806", dict(beta=0.0, num_generations=8), "Its prompt, which asks for a confidence in tags, is yours to give: without it every rollout counts as unsure of nothing.", reward=rlcr_reward),
+    "rlcr": Preset("RLCR, 2507.16806", dict(beta=0.0, num_generations=8), "Its prompt, which asks for a confidence in tags, is yours to give: a rollout that says no confidence pays the full Brier score, 1.", reward=rlcr_reward),
 }
 
 # %% ../nbs/44a_presets.ipynb #eaf3b6d2

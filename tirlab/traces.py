@@ -178,8 +178,8 @@ INDEX_COLUMNS = [*_TEXT, *_NUMBERS, "rewards", "turn_kinds"]
 
 def _numbers(frame: pd.DataFrame, names) -> pd.DataFrame:
     "The frame with these columns as numbers, NaN where a value is missing or none."
-    frame = frame if len(frame) else frame.astype(dict.fromkeys(names, "float64"))
-    return pd.DataFrame({c: pd.to_numeric(frame[c], errors="coerce") if c in set(names) else frame[c] for c in frame}, index=frame.index)
+    frame, names = frame if len(frame) else frame.astype(dict.fromkeys(names, "float64")), set(names)
+    return pd.DataFrame({c: pd.to_numeric(frame[c], errors="coerce") if c in names else frame[c] for c in frame}, index=frame.index)
 
 # %% ../nbs/31_traces.ipynb #31d4f65d
 class Run:

@@ -122,8 +122,9 @@ class TIRTrainer(GRPOTrainer):
         if args.skip_empty_steps: self.add_callback(SkipEmptySteps(self))
         if args.reset_optimizer_steps: self.add_callback(ForgetMoments(self))
         self._canary, self._rolled = make_canary(self), {}
-        if args.call_format: make_format(args.call_format, self._tokenizer, self.tools).control_ids()   # says which marker the tokenizer cannot spell
-        self._watch = Watch(make_probe(args, make_format(args.call_format, self._tokenizer, self.tools).control_ids), args, self._tokenizer.eos_token)
+        markers = make_format(args.call_format, self._tokenizer, self.tools).control_ids
+        if args.call_format: markers()   # says which of them the tokenizer cannot spell
+        self._watch = Watch(make_probe(args, markers), args, self._tokenizer.eos_token)
         if not isinstance(model, str) and self.ref_model is not None and not self.is_fsdp_enabled:   # TRL loads it from the disk, which knows nothing of what came before
             SyncRefModelCallback.sync_target_model(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model), 1.0)
 
@@ -147,9 +148,10 @@ def intervene(self: TIRTrainer,
     clamps: list[Clamp] | None,   # None lets go
 ):
     "Hold tokens within bounds from the next batch on that is sampled for training. Raises: ValueError for clamps that cannot hold."
-    self.clamps, self._next_bounds = clamps or [], bounds_of(clamps, self._tokenizer) if clamps else None
+    bounds = bounds_of(clamps, self._tokenizer) if clamps else None
     if clamps and self.args.intervene != "training" and self.engine_name != "generate":
         raise ValueError(f"interventions hold tokens in engine='generate' only, and this one is {self.engine_name!r}; choose that engine, or intervene='training'.")
+    self.clamps, self._next_bounds = clamps or [], bounds
     if not self.bounds and not self.is_in_train: self._take_bounds()
 
 @patch
@@ -172,8 +174,9 @@ def _noise(self: TIRTrainer, n):
     return (self.args.seed, *key), before + n * self.accelerator.process_index
 
 # %% ../nbs/41_trainer.ipynb #83f3d517
-def _known(logprobs, ids):
+def _known(batch, ids):
     "Log-probabilities of all rows, None in those that have none, which TRL takes for a ratio of 1; None where no row has any."
+    logprobs = [t.logprobs if t.turns else [0.0] for t in batch]
     if all(p is None for p in logprobs): return None
     return [[None] * len(i) if p is None else list(p) for p, i in zip(logprobs, ids)]
 
@@ -212,7 +215,7 @@ def _first_turns(self: TIRTrainer):
     "What TRL takes for first turns: with tools stand-ins, since `_tool_call_loop` hands over the real ones."
     if self.tools: return [[self._tokenizer.eos_token_id]] * len(self._batch), None
     first = [t.turns[0].ids if t.turns else [self._tokenizer.pad_token_id] for t in self._batch]
-    return first, _known([t.logprobs if t.turns else [0.0] for t in self._batch], first)
+    return first, _known(self._batch, first)
 
 # %% ../nbs/41_trainer.ipynb #11ebba5a
 @patch
@@ -234,8 +237,7 @@ def _tool_call_loop(self: TIRTrainer, prompts, prompt_ids, completion_ids, compl
     results = [r for t in batch for r in t.results if r.error is not ToolError.MALFORMED]
     messages = [t.messages or [{"role": "assistant", "content": ""}] for t in batch]
     completions = [t.completion_ids or pad for t in batch]
-    logprobs = _known([t.logprobs if t.turns else [0.0] for t in batch], completions)
-    return ([t.mask or [0] for t in batch], messages, completions, logprobs, len(results), sum(r.error is not None for r in results), [[] for _ in batch])
+    return ([t.mask or [0] for t in batch], messages, completions, _known(batch, completions), len(results), sum(r.error is not None for r in results), [[] for _ in batch])
 
 # %% ../nbs/41_trainer.ipynb #2dc0c7a2
 @patch
