@@ -95,7 +95,7 @@ class Batches:
     ):
         self.args, self.dataset, self.weights, self.rank, self.processes, self.gather = args, dataset, weights, rank, processes, gather
         self.sampler, self._asked = make_prompt_sampler(args, dataset), None
-        self.more = self.sampler or (Uniform(len(dataset), args.seed) if args.oversample else None)
+        self.more = self.sampler or (Uniform(len(dataset), seed=args.seed) if args.oversample else None)
         self.replay = Replay(args.replay_successes, args.success_reward, args.seed) if args.replay_successes else None
         self.collects = bool(args.oversample or self.replay)   # whether batches are put together; else prompts are chosen and that is all
 

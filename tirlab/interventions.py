@@ -10,7 +10,6 @@ __all__ = ['PLACES', 'FORBIDDEN', 'CHUNK', 'FLOOR', 'Clamp', 'held', 'Bounds', '
 import math, random
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Iterator
 
 # %% ../nbs/33a_interventions.ipynb #254bb90f
@@ -19,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LogitsProcessor, LogitsProcessorList
-from trl.trainer import utils as fused_head   # looks its kernel up here at each call
+from trl.trainer import utils as fused_head
 
 # %% ../nbs/33a_interventions.ipynb #d7ad8fd5
 from .collapse_signals import legal, metric_name, token_roles
 from .engines import GenerateEngine
-from .probes import control_logprobs
+from .probes import control_logprobs, head_dtype, in_place_of_kernel
 from .syntax import JSON
 from .trajectory import Trajectory
 
@@ -205,7 +204,7 @@ def _clamped_logps(bounds, state, logp, hidden, weight, bias, targets, temperatu
     ids, low, high = bounds.to(hidden.device)
     bound = ((low > 0) | (high < 1)).any(1)
     rows = ((state >= 0) & bound[state.clamp(min=0)]).nonzero()[:, 0]
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    dtype = head_dtype(hidden)
     p = control_logprobs(hidden[rows], weight, bias, targets[rows], logp.detach()[rows], ids, temperature, softcap, scale, dtype).double().exp()
     rows = rows[((p < low[state[rows]]) | (p > high[state[rows]])).any(1)]
     if not len(rows): return logp
@@ -221,25 +220,21 @@ def clamped_loss(
     states: Tensor,     # (B, T) int64 of the batch's completions: `turn_states(...)`
 ) -> Iterator[None]:
     "Inside, the log-probabilities of a model's fused head are those of the distribution within the bounds; entropies stay the policy's own. Calls with some of the rows must come in their order. Raises: ValueError where the head scores other positions than the labels."
-    kernel, noted, done = fused_head._ChunkedLogProbFunction, [], 0
+    noted, done = [], 0
     def note(module, args, kwargs):
         nonlocal done
         if (labels := kwargs.get("labels")) is None: return
         part, mask = states[done:done + len(labels)].to(labels.device), labels[:, 1:] != -100
         done += len(labels)
         noted.append((F.pad(part, (mask.shape[1] - part.shape[1], 0), value=-1).masked_fill(~mask, -1), mask))
-    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=()):
-        out = kernel.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
+    def apply(kernel, hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=()):
+        out = kernel(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
         if not noted: return out
         state, mask = (x.to(hidden.device) for x in noted.pop())
         if len(targets) not in (mask.numel(), count := int(mask.sum())): raise ValueError(f"The fused head scored {len(targets)} positions where the labels name {count} of {mask.numel()}, so clamps cannot be placed.")
         state = state[mask] if len(targets) == count else state.flatten()
         return _clamped_logps(bounds, state, out[0], hidden, weight, bias, targets, temperature, softcap, scale), *out[1:]
-    fused_head._ChunkedLogProbFunction, listener = SimpleNamespace(apply=apply), model.register_forward_pre_hook(note, with_kwargs=True)
-    try: yield
-    finally:
-        fused_head._ChunkedLogProbFunction = kernel
-        listener.remove()
+    with in_place_of_kernel(model, note, apply): yield
 
 # %% ../nbs/33a_interventions.ipynb #7fac0c6f
 def clamps_from(

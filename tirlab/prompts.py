@@ -62,11 +62,25 @@ class MoPPS:
 
 # %% ../nbs/23a_prompts.ipynb #964defcb
 @dataclass
-class Uniform:
+class _Drawn:
+    "Draws that are known by their number: a checkpoint needs no more."
+    seed: int = field(default=0, kw_only=True)    # of the draws
+    draws: int = field(default=0, kw_only=True)   # choices made so far
+
+    def state_dict(self) -> dict:
+        "What a checkpoint needs."
+        return {"draws": self.draws}
+
+    def load_state_dict(self,
+        state: dict,    # from `state_dict`
+    ):
+        "Go on from a checkpoint."
+        self.draws = state["draws"]
+
+@dataclass
+class Uniform(_Drawn):
     "Choose prompts at random."
     size: int          # number of prompts in the dataset
-    seed: int = 0      # of the draws
-    draws: int = 0     # choices made so far
 
     def choose(self,
         count: int,    # prompts wanted
@@ -75,25 +89,13 @@ class Uniform:
         self.draws += 1
         return np.random.default_rng((self.seed, self.draws)).choice(self.size, count, replace=count > self.size).tolist()
 
-    def state_dict(self) -> dict:
-        "What a checkpoint needs."
-        return {"draws": self.draws}
-
-    def load_state_dict(self,
-        state: dict,   # from `state_dict`
-    ):
-        "Go on from a checkpoint."
-        self.draws = state["draws"]
-
 # %% ../nbs/23a_prompts.ipynb #6ff9b366
 @dataclass
-class Curriculum:
+class Curriculum(_Drawn):
     "Choose at random among the easiest tasks, more of them with every step. Source: competence-based curriculum, arXiv 1903.09848 (from memory)."
     difficulty: list[float]     # of each row of the dataset, larger is harder
     steps: int                  # choices until every task is let in
     start: float = 0.1          # share let in at the first step, above 0
-    seed: int = 0               # of the draws
-    draws: int = 0              # choices made so far
 
     def share(self) -> float:
         "Share of the tasks, the easiest, that is let in now."
@@ -108,16 +110,6 @@ class Curriculum:
         allowed = order[:max(math.ceil(self.share() * len(order) - 1e-9), 1)]
         self.draws += 1
         return rng.choice(allowed, count, replace=count > len(allowed)).tolist()
-
-    def state_dict(self) -> dict:
-        "What a checkpoint needs."
-        return {"draws": self.draws}
-
-    def load_state_dict(self,
-        state: dict,    # from `state_dict`
-    ):
-        "Go on from a checkpoint."
-        self.draws = state["draws"]
 
 # %% ../nbs/23a_prompts.ipynb #cba638ac
 def _to_plain(trajectory):
