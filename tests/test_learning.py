@@ -345,7 +345,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     script, runs = str(Path(__file__).with_name("two_processes.py")), []
     for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
         done = subprocess.run([sys.executable, *launch, script, str(tmp_path / name)], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]   # the launcher's own words come last and say nothing
         run = open_run(tmp_path / name / "run")
         rows = [run.trajectory(i) for i in run.index().id]
         runs.append(sorted((tuple(r.ids), tuple(round(a, 4) for a in r.turn_advantages), r.dropped) for r in rows))

@@ -182,4 +182,6 @@ def train_preset(
     trainer.add_callback(bar)
     try: trainer.train()
     finally: bar.close()
+    trainer.accelerator.wait_for_everyone()   # gloo aborts a process whose partner has gone first
+    trainer.accelerator.end_training()
     return trainer
