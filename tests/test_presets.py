@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_learning import batch_and_gradient, call, gradient, trainer
 
-import tirlab.trainer
+import tirlab.objective
 from tirlab.cli import main
 from tirlab.config import TIRConfig
 from tirlab.losses import token_weights
@@ -108,12 +108,12 @@ def test_dapo_leaves_equal_groups_out_and_clips_higher(tmp_path, monkeypatch):
 
 
 def test_clip_cov_takes_tokens_out(tmp_path, monkeypatch):
-    given, ours = [], tirlab.trainer.kept_advantages
+    given, ours = [], tirlab.objective.kept_advantages
     def listen(args, logp, inputs, mask, step):
         out = ours(args, logp, inputs, mask, step)
         given.append((inputs["advantages"][:, None] * mask != out * mask).sum().item())
         return out
-    monkeypatch.setattr(tirlab.trainer, "kept_advantages", listen)
+    monkeypatch.setattr(tirlab.objective, "kept_advantages", listen)
     batch_and_gradient(scripted("clip_cov", tmp_path, monkeypatch))
     assert given[-1] == 1       # 2e-4 of a few hundred tokens, at least one
 

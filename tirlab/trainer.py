@@ -7,7 +7,6 @@ __all__ = ['SkipEmptySteps', 'ForgetMoments', 'TIRTrainer']
 
 # %% ../nbs/41_trainer.ipynb #03c7e73d
 import json, os, warnings
-from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from typing import Any, Callable
 
@@ -24,20 +23,19 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from .advantages import BY_TURN, spread_to_tokens
 from .batches import Batches, total_rewards
 from .collapse import CollapseMonitor
-from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
+from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of
 from .drift import assert_masks
-from .engines import EngineError
 from .environments import check_tool
 from .filters import filtered_mask, loss_tokens, overlong
 from .formats import make_format, tool_schemas
-from .interventions import Clamp, bounds_of, clamped_loss, turn_states
-from .recording import free_folder, record_left_out, recording, row_fields, step_on_record
-from .rollout import rollout_metrics, rollouts
-from .sampler import calls_as_text, gathered, keep_up, make_canary, make_engine, sampling_of, trl_engine
+from .objective import Objective
+from .interventions import Clamp, bounds_of, turn_states
+from .recording import free_folder, record_left_out, recording, row_fields
+from .rolling import Rolling
+from .sampler import calls_as_text, make_canary
 from .shaping import written_code
-from .signals import estimate, extra_loss, group_reasons, is_void, keep_tokens, kept_advantages, own_rewards
+from .signals import estimate, group_reasons, is_void, keep_tokens, own_rewards
 from .traces import check_folder
-from .trajectory import ToolError
 from .watching import Watch, make_probe
 
 # %% ../nbs/41_trainer.ipynb #7aac6e8e
@@ -73,7 +71,7 @@ class ForgetMoments(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.reset_optimizer_steps == 0: self.trainer.optimizer.state.clear()
 
-class TIRTrainer(GRPOTrainer):
+class TIRTrainer(Rolling, Objective, GRPOTrainer):
     "GRPOTrainer for multi-turn tool use. Raises: ValueError, in one sentence, for arguments, columns or tools that cannot work."
     _name = "TIR"
     _tag_names = ["trl", "tirlab"]
@@ -128,21 +126,7 @@ class TIRTrainer(GRPOTrainer):
         if not isinstance(model, str) and self.ref_model is not None and not self.is_fsdp_enabled:   # TRL loads it from the disk, which knows nothing of what came before
             SyncRefModelCallback.sync_target_model(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model), 1.0)
 
-# %% ../nbs/41_trainer.ipynb #85938e9b
-@patch
-def _formats(self: TIRTrainer, n):
-    "How each of `n` conversations is rendered, parsed and answered."
-    offered = [self._env_tools[e] for e in self._batch_environments] if self.environment_factories else [self.tools] * n
-    return [make_format(self.args.call_format, self._tokenizer, tools, self.chat_template, self.chat_template_kwargs, self.eos_token_ids) for tools in offered]
-
-@patch
-def _tokenize_prompts(self: TIRTrainer, prompts):
-    "TRL's rendered prompts; in another call format, ours; in a batch that was put together, those that were rolled out."
-    if self._filled: return [t.prompt_ids if t.turns else t.prompt_ids[-1:] for t in self._filled.trajectories], None, {}
-    if not self.args.call_format: return super(TIRTrainer, self)._tokenize_prompts(prompts)
-    return [f.prompt(p) for f, p in zip(self._formats(len(prompts)), prompts)], None, {}
-
-# %% ../nbs/41_trainer.ipynb #ffbdfb66
+# %% ../nbs/41_trainer.ipynb #aac08758
 @patch
 def intervene(self: TIRTrainer,
     clamps: list[Clamp] | None,   # None lets go
@@ -158,147 +142,6 @@ def intervene(self: TIRTrainer,
 def _take_bounds(self: TIRTrainer):
     "What was asked of `intervene` is so from now on."
     if self.bounds is not self._next_bounds: self.bounds, self._sampler = self._next_bounds, None
-
-@patch
-def _within_bounds(self: TIRTrainer, model, width):
-    "Inside, tokens are scored within their bounds."
-    if not self.bounds or self.args.intervene == "sampling": return nullcontext()
-    return clamped_loss(model, self.bounds, self._in_loss[0]["states"] if self._in_loss else turn_states(self._batch, width, self.bounds))
-
-@patch
-def _noise(self: TIRTrainer, n):
-    "Names of the noise of the `n` rollouts that are made now, seed, split and step, and the number of the first among the rows of the step, all processes'."
-    key = ("train" if self.model.training else "eval", step_on_record(self))
-    before = self._drawn.get(key, 0)
-    self._drawn = {key: before + n * self.accelerator.num_processes}
-    return (self.args.seed, *key), before + n * self.accelerator.process_index
-
-# %% ../nbs/41_trainer.ipynb #83f3d517
-def _known(batch, ids):
-    "Log-probabilities of all rows, None in those that have none, which TRL takes for a ratio of 1; None where no row has any."
-    logprobs = [t.logprobs if t.turns else [0.0] for t in batch]
-    if all(p is None for p in logprobs): return None
-    return [[None] * len(i) if p is None else list(p) for p, i in zip(logprobs, ids)]
-
-@patch
-def _generate_single_turn(self: TIRTrainer, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-    "Whole rollouts in answer to TRL's request for first turns; the rest is handed over in `_tool_call_loop`."
-    if self._filled:
-        self._batch = self._filled.trajectories
-        return self._first_turns()
-    if images or multimodal_fields: raise ValueError("TIRTrainer is for text; use TRL's GRPOTrainer for prompts with images.")
-    colocated, n, clock = self.use_vllm and self.vllm_mode == "colocate", len(prompt_ids), {}
-    context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
-    tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * n
-    (noise, first), mode = self._noise(n), "train" if self.model.training else "eval"   # asked before the model leaves training mode
-    sample, together = super(TIRTrainer, self)._generate_single_turn, None
-    if self.use_vllm and self.accelerator.num_processes > 1: together = gather_object
-    if self.engine_name == "trl": engine = trl_engine(sample, num_generations, self.eos_token_ids, together)
-    else: engine = self._sampler = self._sampler or make_engine(self)
-    version = self._round * 10**9 + self.state.global_step   # steps are counted from 0 in every `train`
-    with gathered(self), engine.ready(version):
-        self._canary.ask(engine, min(prompt_ids, key=len), version)
-        context = min(context, getattr(engine, "context_tokens", None) or context)   # servers may take less than the model
-        self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), sampling_of(self.args),
-                               noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock, self.environments, self._renew_environment if self.environments else None)
-        if self.engine_name == "trl" and together: keep_up(sample, prompt_ids[0], together)
-    for i, t in enumerate(self._batch):
-        if not t.turns: prompt_ids[i] = prompt_ids[i][-1:]   # TRL holds the same list: a prompt longer than the context must not reach the model
-    for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)
-    self._check_failures(num_generations)
-    self._log_rollouts(clock)
-    self._retire_environments()
-    return self._first_turns()
-
-@patch
-def _first_turns(self: TIRTrainer):
-    "What TRL takes for first turns: with tools stand-ins, since `_tool_call_loop` hands over the real ones."
-    if self.tools: return [[self._tokenizer.eos_token_id]] * len(self._batch), None
-    first = [t.turns[0].ids if t.turns else [self._tokenizer.pad_token_id] for t in self._batch]
-    return first, _known(self._batch, first)
-
-# %% ../nbs/41_trainer.ipynb #11ebba5a
-@patch
-def _check_failures(self: TIRTrainer, num_generations):
-    "Raises: EngineError where no group of all processes is whole; in evaluation, which learns from none, where every rollout failed."
-    if self._sampling is not None: return   # judged when the batch is put together
-    if not self.model.training: num_generations = 1
-    errors = gather_object([(not t.turns, t.error) for t in self._batch])
-    groups = [errors[i:i + num_generations] for i in range(0, len(errors), num_generations)]
-    if all(any(failed for failed, _ in g) for g in groups):
-        said = next((e for _, e in errors if e), "Nothing could be sampled: the prompts fill the model's context. Shorten them.")
-        raise EngineError(f"No group of rollouts is whole, {sum(f for f, _ in errors)} of {len(errors)} failed: {said}")
-
-# %% ../nbs/41_trainer.ipynb #6b37360e
-@patch
-def _tool_call_loop(self: TIRTrainer, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
-    "What TRL's tool loop returns, from rollouts that are already done."
-    pad, batch = [self._tokenizer.pad_token_id], self._batch
-    results = [r for t in batch for r in t.results if r.error is not ToolError.MALFORMED]
-    messages = [t.messages or [{"role": "assistant", "content": ""}] for t in batch]
-    completions = [t.completion_ids or pad for t in batch]
-    return ([t.mask or [0] for t in batch], messages, completions, _known(batch, completions), len(results), sum(r.error is not None for r in results), [[] for _ in batch])
-
-# %% ../nbs/41_trainer.ipynb #2dc0c7a2
-@patch
-def _renew_environment(self: TIRTrainer, i):
-    "Reset the environment of a rollout that begins again, as TRL reset it."
-    self.environments[i].reset(**{k: v for k, v in self._inputs[i].items() if not (self._multi_environment and k == "environment")})
-
-@patch
-def _retire_environments(self: TIRTrainer):
-    "Replace pooled environments in which a tool timed out."
-    late = [e for t, e in zip(self._batch, self.environments or []) if any(r.error is ToolError.TIMEOUT for r in t.results)]
-    for name, pool in (self._environment_pool.items() if late else ()):
-        pool[:] = [self.environment_factories[name]() if any(e is x for x in late) else e for e in pool]
-
-# %% ../nbs/41_trainer.ipynb #2b794b00
-@patch
-def _log_rollouts(self: TIRTrainer, clock):
-    "What the rollouts of all processes were like on average, and where the time went."
-    mode, values = "train" if self.model.training else "eval", rollout_metrics(self._batch) | {f"rollout/{k}": v for k, v in clock.items()}
-    means = self.accelerator.gather(torch.tensor([list(values.values())], device=self.accelerator.device)).mean(0).tolist()
-    for name, value in zip(values, means): self._metrics[mode][name].append(value)
-
-# %% ../nbs/41_trainer.ipynb #e14fd843
-class _Scored(Exception):
-    "All that was wanted of TRL is known."
-
-@patch
-def _generate(self: TIRTrainer, prompts):
-    "TRL's; while rows are only sampled, scores them and stops there."
-    out = super(TIRTrainer, self)._generate(prompts)
-    if self._sampling is None: return out
-    self._calculate_rewards(self._sampling, prompts, out[3], out[1])
-    raise _Scored
-
-@patch
-def _sample(self: TIRTrainer, rows):
-    "Roll rows out and score them: this process's trajectories, and (N, F) scores of all processes. What TRL logs of them is dropped, for it will log the batch."
-    kept, seen, self._sampling = self._metrics["train"], self.state.num_input_tokens_seen, rows
-    self._inputs = rows
-    self._metrics["train"] = defaultdict(list)
-    try: super(TIRTrainer, self)._generate_and_score_completions(rows)
-    except _Scored: pass
-    finally: logged, self._metrics["train"], self._sampling = self._metrics["train"], kept, None
-    for name, values in logged.items():
-        if name.startswith(("rollout/", "turns/", "sync/")): kept[name].extend(values)
-    self.state.num_input_tokens_seen = seen
-    self._pending_extra_logs.clear()   # columns for a table of rollouts that may not make the batch
-    return self._batch, self._rewards
-
-@patch
-def _choose(self: TIRTrainer, inputs):
-    "This process's rows of the next batch; where the batch was put together, `_filled` has the rest."
-    self._filled = None
-    if not (self._batches and self.model.training): return inputs
-    if not self._batches.collects: return self._batches.choose(inputs)
-    filled, mode = self._batches.fill(inputs, self._sample), self._metrics["train"]
-    self._filled, self._batch = filled, filled.trajectories
-    self._check_failures(self.num_generations)
-    mode["batch/groups_left_out"].append(len(filled.left))
-    mode["batch/replayed"].append(sum(gather_object([o == "replay" for o in filled.origins])))
-    return filled.inputs
 
 # %% ../nbs/41_trainer.ipynb #f9a4409d
 _PROMPTS = "prompts.json"   # in a checkpoint's folder
@@ -453,64 +296,6 @@ def _open_records(self: TIRTrainer, inputs, by_turn, rewards, advantages, droppe
     numbers = self._recorder.add(self._batch, [f | c for f, c in zip(fields, columns)])
     if self._filled: record_left_out(self, self._filled.left, self._filled.why)
     return [f["id"] for f in fields], torch.tensor(numbers, device=advantages.device)
-
-# %% ../nbs/41_trainer.ipynb #d84c0dd0
-@patch
-def _get_per_token_logps_and_entropies(self: TIRTrainer, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-    "TRL's, keeping the last result that has entropies: the one of the loss, which reads its advantages only afterwards."
-    with self._within_bounds(model, logits_to_keep):
-        out = super(TIRTrainer, self)._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-    if out[1] is not None: self._scores = out[0].detach(), out[1].detach()
-    if out[1] is not None and self._in_loss is not None and self.model.training:
-        inputs, mask, self._logp = *self._in_loss, out[0]
-        inputs["advantages"] = kept_advantages(self.args, out[0], inputs, mask, self.state.global_step)
-    return out
-
-@patch
-def _compute_loss(self: TIRTrainer, model, inputs):
-    "TRL's loss with the terms asked for; what it computed about each token goes to the record."
-    mask, given = inputs["completion_mask"] * inputs.get("tool_mask", 1), dict(inputs)
-    self._in_loss = given, mask
-    try:
-        with self._watch.during(model): loss = super(TIRTrainer, self)._compute_loss(model, given)
-    finally: self._in_loss = None
-    loss, self._logp = loss + self._extra_loss(inputs, mask), None
-    if self.model.training: self._signal = self._signal or bool((inputs["advantages"].reshape(len(mask), -1) * mask).any())
-    self._log_gap(inputs)
-    columns = self._look(given)
-    if self._recorder and "record" in inputs and self._recorder.score(inputs["record"].tolist(), *self._scores, step_on_record(self), **columns):
-        self._recorder.write(gather_object)
-    return loss
-
-@patch
-def _look(self: TIRTrainer, inputs):
-    "What was heard of control tokens during a loss, as columns for the record; when the step is over, its signals are logged."
-    mode = "train" if self.model.training else "eval"
-    names, rows = zip(*(self._rolled[mode][i] for i in inputs["row"].tolist()))
-    columns = self._watch.hear(names, rows, *self._scores, inputs)
-    if mode == "eval" or (self._step + 1) % self.current_gradient_accumulation_steps == 0:   # as TRL tells the end of a step
-        for name, value in self._watch.signals(gather_object).items(): self._metrics[mode][name].append(value)
-    return columns
-
-@patch
-def _extra_loss(self: TIRTrainer, inputs, mask):
-    "KL-Cov and the likelihood of successes, weighed as TRL weighs its policy loss; nothing in evaluation."
-    if not self.model.training: return 0.0
-    accumulation = self.current_gradient_accumulation_steps
-    return extra_loss(self.args, self._logp, inputs, mask, num_items=inputs.get("num_items_in_batch"), accumulation=accumulation,
-                      windows=self.accelerator.num_processes * self.args.steps_per_generation / accumulation)
-
-# %% ../nbs/41_trainer.ipynb #6b38ca3f
-@patch
-def _log_gap(self: TIRTrainer, inputs):
-    "How far the sampler's log-probabilities are from the trainer's, in nats a token, as long as both hold the same weights."
-    if "sampling_per_token_logps" not in inputs or step_on_record(self) not in [s for _, s in self._drawn]: return
-    mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool() & ~inputs["sampling_per_token_logps"].isnan()
-    gap, mode = (self._scores[0] - inputs["sampling_per_token_logps"]).abs()[mask].float(), "train" if self.model.training else "eval"
-    total, tokens, most = self.accelerator.gather(torch.stack([gap.sum(), mask.sum(), gap.max() if len(gap) else gap.sum()])[None]).unbind(1)
-    if not tokens.sum(): return
-    self._canary.heed((total.sum() / tokens.sum()).item(), self.model)
-    for name, value in {"sync/gap_mean": total.sum() / tokens.sum(), "sync/gap_max": most.max()}.items(): self._metrics[mode][name].append(value.item())
 
 # %% ../nbs/41_trainer.ipynb #a4e9ac73
 @patch
