@@ -105,12 +105,13 @@ def test_an_old_success_takes_the_place_of_a_failure(tmp_path, monkeypatch):
 def test_the_first_success_is_kept_and_replays_are_not():
     said = lambda text: Trajectory([1], [Turn([2], {"role": "assistant", "content": text}, TurnKind.RESPONSE)], StopReason.ANSWER)
     replay, weights = Replay(threshold=0.5), torch.tensor([1.0, 0.0])
-    make = lambda scores: Group({"prompt": "x"}, [said(str(s)) for s in scores], torch.tensor(scores), ["sampled"] * len(scores))
+    origins = lambda group: [t.origin for t in group.trajectories]
+    make = lambda scores: Group({"prompt": "x"}, [said(str(s)) for s in scores], torch.tensor(scores))
     nan = float("nan")
-    assert replayed(make([[nan, nan], [0.0, 5.0]]), replay, weights).origins == ["sampled"] * 2, "nothing is known yet, and weights decide what succeeds"
-    assert replayed(make([[1.0, 7.0], [0.0, 5.0]]), replay, weights).origins == ["sampled"] * 2
+    assert origins(replayed(make([[nan, nan], [0.0, 5.0]]), replay, weights)) == ["sampled"] * 2, "nothing is known yet, and weights decide what succeeds"
+    assert origins(replayed(make([[1.0, 7.0], [0.0, 5.0]]), replay, weights)) == ["sampled"] * 2
     again = replayed(make([[0.0, 0.0], [0.0, 0.0]]), replay, weights)
-    assert again.origins == ["replay", "sampled"] and again.scores.tolist() == [[1.0, 7.0], [0.0, 0.0]]
+    assert origins(again) == ["replay", "sampled"] and again.scores.tolist() == [[1.0, 7.0], [0.0, 0.0]]
     assert [len(q) for q in replay.kept.values()] == [1]
 
 
@@ -177,8 +178,8 @@ def test_what_was_sampled_with_a_hint_is_scored_without_it(tmp_path, monkeypatch
     row = TASKS[1]
     bare = TOK.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
     said = [Turn(TOK.encode(f"{i}<|im_end|>"), {"role": "assistant", "content": str(i)}, TurnKind.RESPONSE, logprobs=None if i == 0 else [-3.0] * len(TOK.encode(f"{i}<|im_end|>"))) for i in range(2 * GROUP)]
-    hinted = [Trajectory(bare, [turn], StopReason.ANSWER) for turn in said]     # row 0 had a hint in front, which is gone
-    filled = Filled([row] * 2 * GROUP, hinted, ["hinted", *["sampled"] * (2 * GROUP - 1)], torch.tensor([[float(i % 2)] for i in range(2 * GROUP)]), [], [])
+    hinted = [Trajectory(bare, [turn], StopReason.ANSWER, origin="sampled" if i else "hinted") for i, turn in enumerate(said)]     # row 0 had a hint in front, which is gone
+    filled = Filled([row] * 2 * GROUP, hinted, torch.tensor([[float(i % 2)] for i in range(2 * GROUP)]), [], [])
     monkeypatch.setattr(t, "_batches", type("Given", (), {"collects": True, "fill": lambda self, inputs, sample: filled})())
     t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
     t.model.train()

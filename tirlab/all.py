@@ -14,11 +14,14 @@ from tirlab.formats import *
 from tirlab.interpreters import Interpreter as Interpreter
 from tirlab.remote import least_loaded as least_loaded, ray_nodes as ray_nodes, remote as remote
 from tirlab.interventions import Clamp as Clamp, clamps_from as clamps_from, random_clamps as random_clamps
+from tirlab.demonstrations import demonstrate as demonstrate, is_whole as is_whole
 from tirlab.presets import PRESETS as PRESETS, preset as preset
 from tirlab.rewards import *
 from tirlab.rollout import *
 from tirlab.shaping import *
 from tirlab.sandbox import run_python as run_python, sandbox_level as sandbox_level
+from tirlab.prompts import Replay as Replay
+from tirlab.supervision import AuxiliarySFT as AuxiliarySFT, Hints as Hints, OffPolicy as OffPolicy
 from tirlab.tasks import *
 from tirlab.tiny import *
 from tirlab.traces import Run as Run, RunError as RunError, RunWriter as RunWriter, open_run as open_run

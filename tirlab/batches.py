@@ -7,7 +7,7 @@ __all__ = ['make_prompt_sampler', 'Group', 'Filled', 'total_rewards', 'task_name
 
 # %% ../nbs/40c_batches.ipynb #ae73bf21
 import hashlib, json, math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 # %% ../nbs/40c_batches.ipynb #87b9f35f
@@ -43,14 +43,12 @@ class Group:
     row: dict                          # of the dataset
     trajectories: list[Trajectory]     # G of them
     scores: Tensor                     # (G, F) of each reward function, nan where it gave none
-    origins: list[str] = field(default_factory=list)   # G: "sampled" or "replay"
 
 @dataclass(frozen=True)
 class Filled:
     "A batch put together, as one process sees it."
     inputs: list[dict]                 # B rows of the dataset
     trajectories: list[Trajectory]     # B
-    origins: list[str]                 # B
     scores: Tensor                     # (N, F), of all processes
     left: list[Group]                  # groups that found no place in it, of all processes
     why: list[str]                     # reason of each
@@ -80,7 +78,7 @@ def replayed(
     for t, r, s in zip(group.trajectories, rewards, group.scores.tolist()): replay.add(task, t, r, s)
     if (found := replay.replacement(task, rewards)) is None: return group
     scores = torch.cat([torch.tensor([found[2]], dtype=group.scores.dtype, device=group.scores.device), group.scores[1:]])
-    return replace(group, trajectories=[found[0], *group.trajectories[1:]], scores=scores, origins=["replay", *group.origins[1:]])
+    return replace(group, trajectories=[replace(found[0], origin="replay"), *group.trajectories[1:]], scores=scores)
 
 # %% ../nbs/40c_batches.ipynb #281d0ba5
 class Batches:
@@ -92,11 +90,12 @@ class Batches:
         rank: int = 0,          # number of this process
         processes: int = 1,     # how many there are
         gather: Callable[[list], list] = lambda items: items,   # collects lists over processes, in order
+        replay: Replay | None = None,   # what keeps old successes; None for one as replay_successes says
     ):
         self.args, self.dataset, self.weights, self.rank, self.processes, self.gather = args, dataset, weights, rank, processes, gather
         self.sampler, self._asked = make_prompt_sampler(args, dataset), None
         self.more = self.sampler or (Uniform(len(dataset), seed=args.seed) if args.oversample else None)
-        self.replay = Replay(args.replay_successes, args.success_reward, args.seed) if args.replay_successes else None
+        self.replay = replay or (Replay(args.replay_successes, args.success_reward, args.seed) if args.replay_successes else None)
         self.collects = bool(args.oversample or self.replay)   # whether batches are put together; else prompts are chosen and that is all
 
     def _mine(self, items):
@@ -146,7 +145,7 @@ class Batches:
         "Groups of all processes, with old successes where there are none."
         size = self.args.num_generations
         parts = [(pairs[i:i + size], scores[i:i + size]) for i in range(0, len(pairs), size)]
-        groups = [Group(p[0][0], [t for _, t in p], s, ["sampled"] * size) for p, s in parts]
+        groups = [Group(p[0][0], [t for _, t in p], s) for p, s in parts]
         return groups if self.replay is None else [replayed(g, self.replay, self.weights) for g in groups]
 
     def _reasons(self, groups):
@@ -156,9 +155,8 @@ class Batches:
 
     def _filled(self, groups, reasons, slots):
         chosen, others = [groups[i] for i in slots], [i for i in range(len(groups)) if i not in slots]
-        rows = [(g.row, t, o) for g in chosen for t, o in zip(g.trajectories, g.origins)]
-        inputs, trajectories, origins = map(list, zip(*self._mine(rows)))
-        return Filled(inputs, trajectories, origins, torch.cat([g.scores for g in chosen]), [groups[i] for i in others], [reasons[i] or "no place left in the batch" for i in others])
+        inputs, trajectories = map(list, zip(*self._mine([(g.row, t) for g in chosen for t in g.trajectories])))
+        return Filled(inputs, trajectories, torch.cat([g.scores for g in chosen]), [groups[i] for i in others], [reasons[i] or "no place left in the batch" for i in others])
 
     def state_dict(self) -> dict:
         "What a checkpoint needs, in plain types."

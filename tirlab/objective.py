@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .interventions import clamped_loss, turn_states
 from .recording import step_on_record
 from .signals import extra_loss, kept_advantages
+from .supervision import AuxiliarySFT, lesson_tensors, token_weights_of
 
 # %% ../nbs/40g_objective.ipynb #31a93253
 class Objective:
@@ -38,7 +39,16 @@ def _get_per_token_logps_and_entropies(self: Objective, model, input_ids, attent
     if out[1] is not None and self._in_loss is not None and self.model.training:
         inputs, mask, self._logp = *self._in_loss, out[0]
         inputs["advantages"] = kept_advantages(self.args, out[0], inputs, mask, self.state.global_step)
+        if "shown" in inputs: inputs |= self._as_shown(inputs, out[0])
     return out
+
+@patch
+def _as_shown(self: Objective, inputs, logp):
+    "Advantages and old log-probabilities under which TRL's gradient of demonstrated rows is that of the importance-weighted objective: a ratio of 1, and the weight in the advantage."
+    advantages, shown, old = inputs["advantages"], inputs["shown"][:, None], inputs.get("old_per_token_logps")
+    if advantages.dim() == 1: advantages = advantages[:, None].expand_as(logp)
+    changed = {"advantages": torch.where(shown, advantages * token_weights_of(logp, self._shaping), advantages)}
+    return changed if old is None else changed | {"old_per_token_logps": torch.where(shown, logp.detach(), old)}
 
 @patch
 def _compute_loss(self: Objective, model, inputs):
@@ -48,7 +58,7 @@ def _compute_loss(self: Objective, model, inputs):
     try:
         with self._watch.during(model): loss = super(Objective, self)._compute_loss(model, given)
     finally: self._in_loss = None
-    loss, self._logp = loss + self._extra_loss(inputs, mask), None
+    loss, self._logp = loss + self._extra_loss(inputs, mask) + self._lesson_loss(model), None
     if self.model.training: self._signal = self._signal or bool((inputs["advantages"].reshape(len(mask), -1) * mask).any())
     self._log_gap(inputs)
     columns = self._look(given)
@@ -73,6 +83,20 @@ def _extra_loss(self: Objective, inputs, mask):
     accumulation = self.current_gradient_accumulation_steps
     return extra_loss(self.args, self._logp, inputs, mask, num_items=inputs.get("num_items_in_batch"), accumulation=accumulation,
                       windows=self.accelerator.num_processes * self.args.steps_per_generation / accumulation)
+
+# %% ../nbs/40g_objective.ipynb #5eb5c248
+@patch
+def _lesson_loss(self: Objective, model):
+    "The supervised term: mean negative log-likelihood, nats a token, of this part of the batch's lessons, weighed; nothing in evaluation."
+    signal = next((s for s in self.supervision if isinstance(s, AuxiliarySFT)), None)
+    weight = signal.at(self._done()) if signal else 0.0
+    lessons = self._lessons[self._step % self.args.steps_per_generation::self.args.steps_per_generation] if self.model.training and weight else []
+    if not lessons: return 0.0
+    ids, seen, learnt = (x.to(self.accelerator.device) for x in lesson_tensors(lessons, self._tokenizer.pad_token_id))
+    logp = super(Objective, self)._get_per_token_logps_and_entropies(model, ids, seen, ids.shape[1] - 1)[0]
+    loss, self._signal = -(logp * learnt[:, 1:]).sum() / learnt[:, 1:].sum(), True
+    for name, value in (("loss", loss.item()), ("tokens", learnt.sum().item()), ("weight", weight)): self._metrics["train"][f"supervision/sft_{name}"].append(value)
+    return weight * loss / self.current_gradient_accumulation_steps
 
 # %% ../nbs/40g_objective.ipynb #5a9e6adb
 @patch

@@ -153,12 +153,12 @@ class Replay:
 
     def add(self,
         task: str,                  # what names the task, the same at every visit
-        trajectory: Trajectory,     # a rollout that the policy made, hints and replays excluded
+        trajectory: Trajectory,     # what the policy made by itself is kept, demonstrations, hinted rollouts and replays are not
         reward: float,              # its reward, nan where unscored
         scores: list[float] = (),   # what each reward function gave it, to be handed back
     ):
         "Keep the rollout if it succeeded."
-        if not (trajectory.turns and reward > self.threshold): return
+        if not (trajectory.turns and trajectory.origin == "sampled" and reward > self.threshold): return
         bare = replace(trajectory, turns=[replace(t, logprobs=None) for t in trajectory.turns])
         self.kept.setdefault(task, deque(maxlen=self.size)).append((bare, float(reward), list(scores)))
 

@@ -61,7 +61,7 @@ def record_left_out(
     if not groups: return
     rows, batch = [g.row for g in groups for _ in g.trajectories], [t for g in groups for t in g.trajectories]
     fields, nothing = row_fields(trainer, rows, torch.cat([g.scores for g in groups])), float("nan")
-    more = [dict(dropped=w, origin=o, scored_at=None) for g, w in zip(groups, why) for o in g.origins]
+    more = [dict(dropped=w, origin=t.origin, scored_at=None) for g, w in zip(groups, why) for t in g.trajectories]
     if trainer.accelerator.is_main_process:
         trainer._recorder.add(batch, [f | m | dict(advantage=[nothing] * len(t.completion_ids)) for f, m, t in zip(fields, more, batch)])
 

@@ -7,6 +7,7 @@ __all__ = ['Rolling']
 
 # %% ../nbs/40f_rolling.ipynb #4f81abc6
 from collections import defaultdict
+from dataclasses import replace
 
 # %% ../nbs/40f_rolling.ipynb #61e1f2a3
 import torch
@@ -20,6 +21,7 @@ from .formats import make_format
 from .recording import step_on_record
 from .rollout import rollout_metrics, rollouts
 from .sampler import gathered, keep_up, make_engine, sampling_of, trl_engine
+from .supervision import Hints, Plan, hinted, make_plan
 from .trajectory import ToolError
 
 # %% ../nbs/40f_rolling.ipynb #69e5d96f
@@ -36,6 +38,7 @@ def _formats(self: Rolling, n):
 @patch
 def _tokenize_prompts(self: Rolling, prompts):
     "TRL's rendered prompts; in another call format, ours; in a batch that was put together, those that were rolled out."
+    self._messages = prompts
     if self._filled: return [t.prompt_ids if t.turns else t.prompt_ids[-1:] for t in self._filled.trajectories], None, {}
     if not self.args.call_format: return super(Rolling, self)._tokenize_prompts(prompts)
     return [f.prompt(p) for f, p in zip(self._formats(len(prompts)), prompts)], None, {}
@@ -56,6 +59,24 @@ def _known(batch, ids):
     if all(p is None for p in logprobs): return None
     return [[None] * len(i) if p is None else list(p) for p, i in zip(logprobs, ids)]
 
+def _as_learnt(t, prompt, maker, hint):
+    "A rollout as the loss is to see it: behind the prompt without a hint, and with no sampler's word on tokens that the policy did not sample from that prompt."
+    if not (t.turns and (hint or maker and maker.origin == "demonstration")): return t
+    return replace(t, prompt_ids=prompt, turns=[replace(u, logprobs=None) for u in t.turns], origin=maker.origin, hint=hint)
+
+@patch
+def _with_hints(self: Rolling, prompt_ids, hints):
+    "Rendered prompts, with hints in those rows that get one."
+    if not hints: return prompt_ids
+    where = next(s.where for s in self.supervision if isinstance(s, Hints))
+    rendered = self._tokenize_prompts([hinted(m, hints[i], where) if i in hints else m for i, m in enumerate(self._messages)])[0]
+    return [rendered[i] if i in hints else ids for i, ids in enumerate(prompt_ids)]
+
+@patch
+def _done(self: Rolling):
+    "Share of the run that is over."
+    return self.state.global_step / max(self.state.max_steps, 1)
+
 @patch
 def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
     "Whole rollouts in answer to TRL's request for first turns; the rest is handed over in `_tool_call_loop`."
@@ -71,13 +92,16 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
     if self.use_vllm and self.accelerator.num_processes > 1: together = gather_object
     if self.engine_name == "trl": engine = trl_engine(sample, num_generations, self.eos_token_ids, together)
     else: engine = self._sampler = self._sampler or make_engine(self)
+    limits, plan = rollout_limits(self.args, context, bool(self.tools)), Plan([None] * n, {}, {})
+    if self.supervision and mode == "train": plan = make_plan(self.supervision, self._inputs, self._formats(n), limits, first, num_generations, self._done(), noise)
     version = self._round * 10**9 + self.state.global_step   # steps are counted from 0 in every `train`
     with gathered(self), engine.ready(version):
         self._canary.ask(engine, min(prompt_ids, key=len), version)
         context = min(context, getattr(engine, "context_tokens", None) or context)   # servers may take less than the model
-        self._batch = rollouts(prompt_ids, engine, tools, self._formats(n), rollout_limits(self.args, context, bool(self.tools)), sampling_of(self.args),
-                               noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock, self.environments, self._renew_environment if self.environments else None)
+        batch = rollouts(self._with_hints(prompt_ids, plan.hints), engine, tools, self._formats(n), limits, sampling_of(self.args),
+                               noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock, self.environments, self._renew_environment if self.environments else None, plan.own)
         if self.engine_name == "trl" and together: keep_up(sample, prompt_ids[0], together)
+    self._batch = [_as_learnt(t, prompt, maker, plan.hints.get(i)) for i, (t, prompt, maker) in enumerate(zip(batch, prompt_ids, plan.makers))]
     for i, t in enumerate(self._batch):
         if not t.turns: prompt_ids[i] = prompt_ids[i][-1:]   # TRL holds the same list: a prompt longer than the context must not reach the model
     for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)
@@ -173,5 +197,5 @@ def _choose(self: Rolling, inputs):
     self._filled, self._batch = filled, filled.trajectories
     self._check_failures(self.num_generations)
     mode["batch/groups_left_out"].append(len(filled.left))
-    mode["batch/replayed"].append(sum(gather_object([o == "replay" for o in filled.origins])))
+    mode["batch/replayed"].append(sum(gather_object([t.origin == "replay" for t in filled.trajectories])))
     return filled.inputs

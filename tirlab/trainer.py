@@ -21,9 +21,10 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 # %% ../nbs/41_trainer.ipynb #84a219db
 from .advantages import BY_TURN, spread_to_tokens
-from .batches import Batches, total_rewards
+from .batches import Batches, task_name, total_rewards
 from .collapse import CollapseMonitor
-from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of
+from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
+from .demonstrations import demonstrate, is_whole
 from .drift import assert_masks
 from .environments import check_tool
 from .filters import filtered_mask, loss_tokens, overlong
@@ -33,8 +34,10 @@ from .interventions import Clamp, bounds_of, turn_states
 from .recording import free_folder, record_left_out, recording, row_fields
 from .rolling import Rolling
 from .sampler import calls_as_text, make_canary
+from .prompts import Replay
 from .shaping import written_code
 from .signals import estimate, group_reasons, is_void, keep_tokens, own_rewards
+from .supervision import AuxiliarySFT, OffPolicy, Signal, check_supervision
 from .traces import check_folder
 from .watching import Watch, make_probe
 
@@ -86,6 +89,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         tools: list[Callable] | None = None,   # plain typed functions
         environment_factory: Any = None,     # class, callable, or dict of them by the `environment` column
         interventions: list[Clamp] | None = None,   # tokens held within bounds, where `args.intervene` says
+        supervision: list[Signal] | None = None,    # OffPolicy, Hints, Replay, AuxiliarySFT: rollouts that are shown, told or remembered
         **kwargs,                            # callbacks, optimizers, peft_config, ...: as for GRPOTrainer
     ):
         args, rewards = args or TIRConfig(), reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -107,14 +111,19 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
                              environment_factory=environment_factory, **kwargs)
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
+            self.supervision = supervision or []
+            check_supervision(self.supervision, args, train_dataset, self.engine_name, getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31), self._tokenizer)
             if self.environment_factories: self._env_tools = {name: tool_schemas(tools) for name, tools in self._env_tools.items()}   # TRL makes them anew for every row
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
         self.bounds = None
         self.intervene(interventions)
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
+        self._offered, self._shown, self._lessons = (environment_factory, tools), {}, []   # what demonstrations run in; those of tasks that were met; those of the batch
+        weighed = next((s for s in self.supervision if isinstance(s, OffPolicy) and s.importance), None)
+        self._weighs, self._shaping = weighed is not None, weighed and weighed.shaping
         self._inputs, self._sampling, self._filled = [], None, None   # rows of the batch; those that are only sampled now; a batch put together
-        self._batches = Batches(args, train_dataset, self.reward_weights, self.accelerator.process_index, self.accelerator.num_processes, gather_object) if train_dataset is not None else None
+        self._batches = Batches(args, train_dataset, self.reward_weights, self.accelerator.process_index, self.accelerator.num_processes, gather_object, next((s for s in self.supervision if isinstance(s, Replay)), None)) if train_dataset is not None else None
         for monitor in self.callback_handler.callbacks:
             if isinstance(monitor, CollapseMonitor): monitor.trainer = self
         if args.skip_empty_steps: self.add_callback(SkipEmptySteps(self))
@@ -227,11 +236,24 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     elif own and turns: output["advantages"] = by_turn[:, 0]
     if own: self._relog_advantages(by_turn, len(advantages))
     dropped = self._leave_out(output, self._local(reasons)) if self.model.training else [None] * len(self._batch)
+    if self._weighs and self.model.training: output["shown"] = torch.tensor([t.origin == "demonstration" for t in self._batch], device=failed.device)
+    if self.model.training: self._lessons = self._show(inputs)
     names = [str(i) for i in range(len(inputs))]
     if self._recorder: names, output["record"] = self._open_records(inputs, by_turn, rewards, by_token, dropped)
     self._rolled["train" if self.model.training else "eval"] = list(zip(names, self._batch))   # TRL shuffles and splits; `row` finds a row's rollout again
     self._filled = None
     return output
+
+# %% ../nbs/41_trainer.ipynb #f18c5c05
+@patch
+def _show(self: TIRTrainer, rows):
+    "Whole demonstrations of the batch's tasks, each task once, for `AuxiliarySFT`."
+    if not any(isinstance(s, AuxiliarySFT) for s in self.supervision): return []
+    tasks = {task_name(row): row for row in rows}
+    if new := [name for name in tasks if name not in self._shown]:
+        limits = rollout_limits(self.args, getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31), bool(self.tools))
+        self._shown |= zip(new, demonstrate([tasks[name] for name in new], self._tokenizer, *self._offered, self.args.call_format, limits, end_tokens=self.eos_token_ids))
+    return [self._shown[name] for name in tasks if is_whole(self._shown[name])]
 
 # %% ../nbs/41_trainer.ipynb #069dafa1
 @patch
@@ -290,9 +312,9 @@ def _log_removed(self: TIRTrainer, output):
 @patch
 def _open_records(self: TIRTrainer, inputs, by_turn, rewards, advantages, dropped):
     "Hand the batch to the recorder; the names of its rows, and their numbers as a (B,) tensor."
-    fields, origins = row_fields(self, inputs, self._local(self._rewards)), self._filled.origins if self._filled else ["sampled"] * len(inputs)
-    columns = [dict(dropped=d, origin=o, turn_rewards=r[:len(t.turns)].nan_to_num().tolist(), turn_advantages=a[:len(t.turns)].tolist(), advantage=by[:len(t.completion_ids)].tolist())
-               for t, d, o, r, a, by in zip(self._batch, dropped, origins, rewards, by_turn, advantages)]
+    fields = row_fields(self, inputs, self._local(self._rewards))
+    columns = [dict(dropped=d, origin=t.origin, turn_rewards=r[:len(t.turns)].nan_to_num().tolist(), turn_advantages=a[:len(t.turns)].tolist(), advantage=by[:len(t.completion_ids)].tolist())
+               for t, d, r, a, by in zip(self._batch, dropped, rewards, by_turn, advantages)]
     numbers = self._recorder.add(self._batch, [f | c for f, c in zip(fields, columns)])
     if self._filled: record_left_out(self, self._filled.left, self._filled.why)
     return [f["id"] for f in fields], torch.tensor(numbers, device=advantages.device)
