@@ -6,8 +6,7 @@
 __all__ = ['FLAWS', 'FORMATS', 'LEVELS', 'script', 'demonstrations', 'copying', 'warm_up', 'make_tiny_policy']
 
 # %% ../nbs/13_warmup.ipynb #6a4e6b12
-import asyncio, json, random, sys
-from types import SimpleNamespace
+import asyncio, random, sys
 from typing import Any
 
 # %% ../nbs/13_warmup.ipynb #34133360
@@ -18,7 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 # %% ../nbs/13_warmup.ipynb #1fae18c9
 from .calls import RolloutLimits
-from .engines import Sampled
+from .demonstrations import Scripted, truth
 from .environments import environment_tools
 from .formats import ChatFormat, make_format, render_call
 from .rollout import rollout, run_async
@@ -55,7 +54,7 @@ def script(
     syntax: str = "json",   # how calls are written
 ):                          # generator: yields turns as text, is sent the last tool result
     "Turns of one demonstration."
-    calls, told, guess = [ToolCall(**json.loads(c)) for c in row["ground_truth"]], "", str(rng.randint(10, 999))
+    calls, told, guess = [c for turn in truth(row)[0] for c in turn], "", str(rng.randint(10, 999))
     write = lambda call: render_call(call, syntax)
     if flaw == "guess": yield guess; return
     at = rng.randrange(len(calls))
@@ -72,22 +71,14 @@ def script(
     yield told
 
 # %% ../nbs/13_warmup.ipynb #c3ac428a
-def _told(text):
-    "The last tool result in a conversation."
-    return text.rsplit("<tool_response>\n", 1)[-1].split("\n</tool_response>")[0]
-
 async def _demonstrate(row, tokenizer, rng, slots, flaws, formats):
     "One demonstration as a trajectory; a clean one where a flaw would give away a held-out pair."
     environment = ENVIRONMENTS[row["environment"]]()
     name = rng.choices([*formats], [*formats.values()])[0]
     format = make_format(name, tokenizer, list(environment_tools(environment).values()))
     flaw = rng.choices([*flaws, None], [*flaws.values(), 1 - sum(flaws.values())])[0]
-    turns, started = script(row, flaw, rng, format.syntax), []
-    async def sample(ids, sampling):
-        text = turns.send(_told(tokenizer.decode(ids))) if started else next(turns)
-        started.append(True)
-        return Sampled(tokenizer.encode(text + tokenizer.eos_token))
-    done = await rollout(row, SimpleNamespace(generate=sample), environment, format, RolloutLimits(completion_tokens=1024), slots=slots)
+    engine = Scripted(lambda: script(row, flaw, rng, format.syntax), format)
+    done = await rollout(row, engine, environment, format, RolloutLimits(completion_tokens=1024), slots=slots)
     given_away = flaw and meets_held_out(row["pairs"][0].split("|")[0], tokenizer.decode(done.completion_ids))
     return await _demonstrate(row, tokenizer, rng, slots, {}, {name: 1}) if given_away else done
 
