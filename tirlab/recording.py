@@ -18,7 +18,7 @@ from torch import Tensor
 
 # %% ../nbs/40d_recording.ipynb #0820d295
 import tirlab
-from .batches import Group, total_rewards
+from .batches import Group, task_name, total_rewards
 from .environments import isolation_of
 from .formats import make_format
 from .recorder import Recorder
@@ -48,7 +48,7 @@ def row_fields(
     for i, (x, given, total) in enumerate(zip(rows, scores.tolist(), totals)):
         named = {name: None if r != r else r for name, r in zip(trainer.reward_func_names, given)}   # nan is not itself
         fields.append(dict(id=trace_id(step, rank, start + i, split), step=step, rank=rank, group=(start * processes + rank * len(rows) + i) // size, split=split,
-                           environment=_text(x.get("environment")), reward=None if total != total else total, rewards=named, answer=_text(x.get("answer"))))
+                           environment=_text(x.get("environment")), task=task_name(x), reward=None if total != total else total, rewards=named, answer=_text(x.get("answer"))))
     return fields
 
 # %% ../nbs/40d_recording.ipynb #b0c40168
@@ -61,7 +61,7 @@ def record_left_out(
     if not groups: return
     rows, batch = [g.row for g in groups for _ in g.trajectories], [t for g in groups for t in g.trajectories]
     fields, nothing = row_fields(trainer, rows, torch.cat([g.scores for g in groups])), float("nan")
-    more = [dict(dropped=w, origin=t.origin, scored_at=None) for g, w in zip(groups, why) for t in g.trajectories]
+    more = [dict(dropped=w, origin=t.origin, hint=t.hint, scored_at=None) for g, w in zip(groups, why) for t in g.trajectories]
     if trainer.accelerator.is_main_process:
         trainer._recorder.add(batch, [f | m | dict(advantage=[nothing] * len(t.completion_ids)) for f, m, t in zip(fields, more, batch)])
 

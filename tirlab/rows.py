@@ -51,7 +51,9 @@ class TraceRow:
     split: str = "train"                # train | eval
     rank: int = 0                       # process that sampled it
     group: int = 0                      # rows of one prompt share it
-    origin: str = "sampled"             # sampled | hinted | demonstration | replay
+    origin: str = "sampled"             # sampled | hinted | demonstration | replay | reflection
+    hint: str | None = None             # what a hinted rollout was told
+    task: str | None = None             # name of its row of the dataset: the same row, the same name
     dropped: str | None = None          # why it, or part of it, was left out of the loss; None if it was not
     environment: str | None = None      # name of its environment
     reward: float | None = None         # total reward; None if no function gave one
@@ -176,7 +178,7 @@ def prompt_preview(
     return said[-1] if said else preview(text[-120:])
 
 # %% ../nbs/30b_rows.ipynb #e257773c
-_AS_THEY_ARE = ("id", "step", "scored_at", "iteration", "phase", "split", "rank", "group", "origin", "dropped", "environment", "reward", "rewards",
+_AS_THEY_ARE = ("id", "step", "scored_at", "iteration", "phase", "split", "rank", "group", "origin", "task", "dropped", "environment", "reward", "rewards",
                 "stop", "calls", "failed_calls", "tool_seconds", "turn_kinds")
 
 def index_line(

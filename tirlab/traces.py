@@ -171,7 +171,7 @@ def close(
     self.beat(self.meta["step"], force=True)
 
 # %% ../nbs/31_traces.ipynb #4daa16ef
-_TEXT = ("id", "phase", "split", "origin", "dropped", "environment", "stop", "prompt", "last_turn", "answer", "file")
+_TEXT = ("id", "phase", "split", "origin", "task", "dropped", "environment", "stop", "prompt", "last_turn", "answer", "file")
 _NUMBERS = ("step", "scored_at", "iteration", "rank", "group", "reward", "calls", "failed_calls", "tool_seconds", "tokens", "model_tokens",
             "prompt_tokens", "turns", "min_logprob", "mean_logprob", "mean_entropy", "mean_sampling_logprob", "mean_advantage", "row")
 INDEX_COLUMNS = [*_TEXT, *_NUMBERS, "rewards", "turn_kinds"]

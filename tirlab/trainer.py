@@ -313,7 +313,7 @@ def _log_removed(self: TIRTrainer, output):
 def _open_records(self: TIRTrainer, inputs, by_turn, rewards, advantages, dropped):
     "Hand the batch to the recorder; the names of its rows, and their numbers as a (B,) tensor."
     fields = row_fields(self, inputs, self._local(self._rewards))
-    columns = [dict(dropped=d, origin=t.origin, turn_rewards=r[:len(t.turns)].nan_to_num().tolist(), turn_advantages=a[:len(t.turns)].tolist(), advantage=by[:len(t.completion_ids)].tolist())
+    columns = [dict(dropped=d, origin=t.origin, hint=t.hint, turn_rewards=r[:len(t.turns)].nan_to_num().tolist(), turn_advantages=a[:len(t.turns)].tolist(), advantage=by[:len(t.completion_ids)].tolist())
                for t, d, r, a, by in zip(self._batch, dropped, rewards, by_turn, advantages)]
     numbers = self._recorder.add(self._batch, [f | c for f, c in zip(fields, columns)])
     if self._filled: record_left_out(self, self._filled.left, self._filled.why)
