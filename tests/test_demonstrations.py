@@ -147,6 +147,14 @@ def test_plain_functions_coroutines_and_words_of_reset():
     with pytest.raises(ValueError, match="must name one of arithmetic, lookup, repair"): demonstrate([row], TOK, ENVIRONMENTS)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_another_template_and_its_variables_hold_for_every_turn(name):
+    template = TOK.chat_template.replace("'<|im_start|>user'", "'<|im_start|>user' + mood").replace("+ m.role +", "+ m.role + (mood if m.role == 'user' else '') +")
+    (t,) = demonstrate([task("1+1", "2+2")], TOK, PythonEnvironment, call_format=name, chat_template=template, template_kwargs={"mood": "!"})
+    assert TOK.decode(t.prompt_ids + t.completion_ids).count("<|im_start|>user!\n") == 3 and is_whole(t)
+    assert t.completion_ids == [i for turn in t.turns for i in turn.ids + turn.observation_ids] and t.messages[-1]["content"] == "4"
+
+
 def test_rows_are_opened_as_evaluation_opens_them(model):
     result = evaluate(model, TOK, ROWS, ENVIRONMENTS, call_format="xml")
     assert [t.prompt_ids for t in result.trajectories] == [open_row(r, TOK, ENVIRONMENTS, call_format="xml")[0] for r in ROWS]

@@ -152,6 +152,8 @@ def demonstrate(
     limits: RolloutLimits = RolloutLimits(completion_tokens=8192),   # what a demonstration may use
     write: Callable[[str], str] = str,      # final answer to last turn, such as r"\boxed{{{}}}".format
     end_tokens: list[int] | None = None,    # tokens that end a turn; None for the tokenizer's end-of-sequence token alone
+    chat_template: str | None = None,       # template to use in place of the tokenizer's
+    template_kwargs: dict | None = None,    # further variables for the template
     workers: int = 32,        # tools running at once
     batch_size: int = 128,    # rollouts at once, so that many environments are alive
 ) -> list[Trajectory]:        # one a row, in order; `is_whole` tells which went well
@@ -159,7 +161,7 @@ def demonstrate(
     done = []
     for start in range(0, len(rows), batch_size):
         some = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        prompts, named, formats, owned, resets = map(list, zip(*(open_row(r, tokenizer, environment_factory, tools, call_format, end_tokens) for r in some)))
+        prompts, named, formats, owned, resets = map(list, zip(*(open_row(r, tokenizer, environment_factory, tools, call_format, end_tokens, chat_template, template_kwargs) for r in some)))
         own = {i: _demonstrator(start + i, r, f, limits, write) for i, (r, f) in enumerate(zip(some, formats))}
         done += rollouts(prompts, None, named, formats, limits, schedule="eager", workers=workers, owned=owned, renew=lambda i, resets=resets: resets[i](), own=own)
     return [replace(t, origin="demonstration") for t in done]

@@ -93,6 +93,8 @@ def open_row(
     tools: list[Callable] | None = None,    # plain functions, as for the trainer
     call_format: str | None = None,         # how calls are written, see `make_format`
     end_tokens: list[int] | None = None,    # tokens that end a turn; None for the tokenizer's end-of-sequence token alone
+    chat_template: str | None = None,       # template to use in place of the tokenizer's
+    template_kwargs: dict | None = None,    # further variables for the template
 ) -> tuple[list[int], dict[str, Callable], ChatFormat, Any, Callable]:   # prompt tokens, tools by name, format, environment, what resets it
     "What `rollouts` needs for one row, in an environment of its own, as TRL makes it. Raises: ValueError for an environment that is not among several."
     many = isinstance(environment_factory, dict)
@@ -101,7 +103,7 @@ def open_row(
     factory = environment_factory[row["environment"]] if many else environment_factory
     environment = factory() if factory else None
     named = environment_tools(environment, tools)
-    format = make_format(call_format, tokenizer, list(named.values()), end_tokens=end_tokens)
+    format = make_format(call_format, tokenizer, list(named.values()), chat_template, template_kwargs, end_tokens)
     row = {k: v for k, v in row.items() if not (many and k == "environment")}
     return open_task(row, environment, format)[0], named, format, environment, lambda: hasattr(environment, "reset") and environment.reset(**row)
 
