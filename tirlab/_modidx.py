@@ -741,6 +741,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'tirlab.rows': { 'tirlab.rows.TraceRow': ('rows.html#tracerow', 'tirlab/rows.py'),
                              'tirlab.rows.TraceRow.__post_init__': ('rows.html#tracerow.__post_init__', 'tirlab/rows.py'),
                              'tirlab.rows._arrow_type': ('rows.html#_arrow_type', 'tirlab/rows.py'),
+                             'tirlab.rows._clean': ('rows.html#_clean', 'tirlab/rows.py'),
                              'tirlab.rows._mean': ('rows.html#_mean', 'tirlab/rows.py'),
                              'tirlab.rows._settle': ('rows.html#_settle', 'tirlab/rows.py'),
                              'tirlab.rows.aggregates': ('rows.html#aggregates', 'tirlab/rows.py'),

@@ -25,11 +25,10 @@ def trace_row(
     **fields,                             # further columns of `TraceRow`, those of the loss missing where it has not seen the rollout
 ) -> TraceRow:
     "A trajectory as a row of the run folder."
-    ids, results = t.completion_ids, t.results
-    turn = [j for j, k in enumerate(t.turns) for _ in k.ids + k.observation_ids]
-    sampling = None if t.logprobs is None else [p if m else np.nan for p, m in zip(t.logprobs, t.mask)]
-    return TraceRow(ids=ids, text=[piece(i) for i in ids], mask=t.mask, turn=turn, sampling_logprob=sampling,
-                    prompt_ids=t.prompt_ids, prompt_text=[piece(i) for i in t.prompt_ids], stop=t.stop.value,
+    ids, mask, logprobs, results = t.completion_ids, np.array(t.mask, bool), t.logprobs, t.results
+    turn = np.repeat(np.arange(len(t.turns)), np.array([len(k.ids) + len(k.observation_ids) for k in t.turns], int))
+    return TraceRow(ids=ids, text=map(piece, ids), mask=mask, turn=turn, sampling_logprob=None if logprobs is None else np.where(mask, logprobs, np.nan),
+                    prompt_ids=t.prompt_ids, prompt_text=map(piece, t.prompt_ids), stop=t.stop.value,
                     turn_kinds=[k.kind.value for k in t.turns], calls=len(results), failed_calls=sum(r.error is not None for r in results),
                     tool_seconds=sum(r.seconds for r in results), **fields)
 
@@ -77,8 +76,8 @@ class Recorder:
         columns = {name: value.float().cpu().numpy() for name, value in dict(logprob=logprob, entropy=entropy, **more).items()}
         for i, n in enumerate(numbers):
             if (row := self.waiting.get(n)) is None or "scored_at" in row: continue
-            size, mask = len(row["t"].completion_ids), np.array(row["t"].mask, bool)
-            scored = {name: np.where(mask if c.ndim == 2 else mask[:, None], c[i, :size], np.nan) for name, c in columns.items()}
+            mask = np.array(row["t"].mask, bool)
+            scored = {name: np.where(mask if c.ndim == 2 else mask[:, None], c[i, :len(mask)], np.nan) for name, c in columns.items()}
             row |= dict(scored_at=step, **scored)
         return bool(self.waiting) and all("scored_at" in row for row in self.waiting.values())
 

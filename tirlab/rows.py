@@ -24,6 +24,13 @@ FLOATS = {"logprob": "float32", "entropy": "float16", "surprise": "float16", "sa
 TOKENS = {"ids": "int32", "mask": "int8", "turn": "int16"} | FLOATS   # dtype of each token column; `text` is the one of strings
 
 # %% ../nbs/30b_rows.ipynb #7db83855
+def _clean(pieces) -> list[str]:
+    "Texts that UTF-8 can hold. Nearly always all of them are, so all are asked at once: a question for each token would take as long as compressing it."
+    pieces = list(pieces)
+    try: "".join(pieces).encode()
+    except UnicodeEncodeError: return [clean_text(s) for s in pieces]
+    return pieces
+
 def _settle(row) -> None:
     "Bring the columns of a new row to their dtypes, and check their lengths."
     put, n = lambda k, v: object.__setattr__(row, k, v), len(row.ids)
@@ -31,7 +38,7 @@ def _settle(row) -> None:
         value = getattr(row, name)
         put(name, np.full(n, np.nan, dtype) if value is None else np.asarray(value, dtype))
     put("control", np.asarray(np.empty((n, 0)) if row.control is None else row.control, "float16").reshape(n, -1 if n else 0))
-    for name in ("text", "prompt_text"): put(name, [clean_text(s) for s in getattr(row, name)])
+    for name in ("text", "prompt_text"): put(name, _clean(getattr(row, name)))
     for name in ("turn_kinds", "turn_rewards", "turn_advantages"): put(name, list(getattr(row, name)))
     put("prompt_ids", np.asarray(row.prompt_ids, "int32"))
     put("rewards", dict(row.rewards or {}))
@@ -121,11 +128,11 @@ def write_parquet(
 ) -> None:
     "Write trajectories to a Parquet file under a temporary name, then rename it."
     floats = [f"{name}.list.element" for name in (*FLOATS, "control")]
-    others = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in SCHEMA if f.name not in {*FLOATS, "control", "rewards"}]
+    coded = [f"{name}.list.element" for name in ("ids", "text", "mask", "turn", "prompt_ids", "prompt_text")]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pq.write_table(to_table(rows), temporary, row_group_size=ROWS_PER_GROUP, compression="zstd",
-                       use_dictionary=others, column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats})
+                       use_dictionary=coded, write_statistics=False, column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats})
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
