@@ -115,7 +115,7 @@ def sandbox(
     return 0
 
 # %% ../nbs/51_cli.ipynb #86c6fd47
-BENCHES = {"rollout": "bench", "advantage": "bench", "engines": "bench", "sandbox": "bench_sandbox", "probe": "bench_probe"}   # name -> module
+BENCHES = {"rollout": "bench", "advantage": "bench", "engines": "bench", "sandbox": "bench_sandbox", "probe": "bench_probe", "trace": "bench_trace"}   # name -> module
 
 def bench(
     args: argparse.Namespace,   # name, json, and what the benchmark takes
@@ -166,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--repeats", type=int, help="pairs of measurements; the median is reported (5)")
     b.add_argument("--schedule", choices=["turn", "eager"], help="of tirlab's rollouts (eager)")
     b.add_argument("--engine", choices=["generate", "continuous"], help="of tirlab's rollouts (generate)")
-    b.add_argument("--shape", choices=["tiny", "0.5b"], help="of the policy (engines, probe: tiny)")
+    b.add_argument("--shape", choices=["tiny", "0.5b"], help="of the policy (engines, probe, trace: tiny)")
     b.add_argument("--json", action="store_true", help="end with one JSON object of figures on standard output")
     b.set_defaults(function=bench)
     commands.add_parser("doctor", help="what this machine can do, and what is missing").set_defaults(function=lambda args: doctor())
