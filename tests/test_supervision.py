@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import tirlab.rolling
 from tirlab.all import AuxiliarySFT, Hints, OffPolicy, Replay, TIRConfig, TIRTrainer, answer_reward, demonstrate, make_tasks, open_run, tiny_policy
-from tirlab.supervision import check_supervision, lesson_tensors, token_weights_of
+from tirlab.supervision import check_supervision, lesson_tensors
 from tirlab.tasks import ENVIRONMENTS
 from tirlab.tiny import tiny_tokenizer
 

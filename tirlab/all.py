@@ -11,15 +11,19 @@ from tirlab.environments import *
 from tirlab.evaluate import *
 from tirlab.executions import Execution as Execution, Limits as Limits, SandboxFault as SandboxFault, Status as Status
 from tirlab.formats import *
+from tirlab.interleave import Interleave as Interleave, OnAlarm as OnAlarm
 from tirlab.interpreters import Interpreter as Interpreter
 from tirlab.remote import least_loaded as least_loaded, ray_nodes as ray_nodes, remote as remote
 from tirlab.interventions import Clamp as Clamp, clamps_from as clamps_from, random_clamps as random_clamps
 from tirlab.demonstrations import demonstrate as demonstrate, is_whole as is_whole
 from tirlab.presets import PRESETS as PRESETS, preset as preset
+from tirlab.reflections import EndpointWriter as EndpointWriter, rule_writer as rule_writer
 from tirlab.rewards import *
 from tirlab.rollout import *
 from tirlab.shaping import *
+from tirlab.sft_rows import sft_rows as sft_rows
 from tirlab.sandbox import run_python as run_python, sandbox_level as sandbox_level
+from tirlab.lessons import DemonstrationSFT as DemonstrationSFT, ErroneousTrajectories as ErroneousTrajectories, Reflections as Reflections, RejectionSampling as RejectionSampling
 from tirlab.prompts import Replay as Replay
 from tirlab.supervision import AuxiliarySFT as AuxiliarySFT, Hints as Hints, OffPolicy as OffPolicy
 from tirlab.tasks import *

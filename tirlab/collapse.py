@@ -120,6 +120,10 @@ class Detectors:
             detector.reset()
         return sorted(alarms, key=lambda a: -a.score)
 
+    def settle(self):
+        "Suspect nothing, and go on from what is usual."
+        for d in filter(None, self.series.values()): d.sums = {"up": 0.0, "down": 0.0}
+
     def calm(self) -> bool:
         "Whether nothing is suspected."
         return not any(d and d.score() > 0.5 for d in self.series.values())
@@ -187,7 +191,7 @@ class CollapseMonitor(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, optimizer=None, lr_scheduler=None, **kwargs):
         if not logs or any(k.startswith("eval_") for k in logs): return
-        found = self.detectors.update(state.global_step, logs)
+        found = self.detectors.update(state.global_step + (self.trainer._offset if self.trainer else 0), logs)
         if not found: return
         if self.trainer: found = [replace(a, culprits=self.trainer._watch.culprits(a.signal)) for a in found]
         self.alarms += found

@@ -15,23 +15,10 @@ from datasets import Dataset
 # %% ../nbs/43_evaluate.ipynb #48fbc3f1
 from .calls import RolloutLimits
 from .engines import GenerateEngine, Sampling, end_tokens
-from .environments import environment_tools
-from .formats import make_format
 from .interventions import Clamp, bounds_of, clamped_engine
 from .rewards import answer_reward
-from .rollout import open_task, rollouts
+from .rollout import open_row, rollouts
 from .trajectory import Trajectory
-
-# %% ../nbs/43_evaluate.ipynb #8741ec22
-def _prepare(row, environment_factory, tools, tokenizer, ends, call_format):
-    "Prompt tokens, tools, format, environment of one dataset row, and what resets it."
-    many = isinstance(environment_factory, dict)
-    factory = environment_factory[row["environment"]] if many else environment_factory
-    environment = factory() if factory else None
-    named = environment_tools(environment, tools)
-    format = make_format(call_format, tokenizer, list(named.values()), end_tokens=ends)
-    row = {k: v for k, v in row.items() if not (many and k == "environment")}
-    return open_task(row, environment, format)[0], named, format, environment, lambda: hasattr(environment, "reset") and environment.reset(**row)
 
 # %% ../nbs/43_evaluate.ipynb #1a8e9e5b
 @dataclass(frozen=True)
@@ -66,7 +53,7 @@ def evaluate(
     with engine.ready():
         for start in range(0, len(dataset), batch_size):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            prompts, named, formats, owned, resets = zip(*(_prepare(r, environment_factory, tools, tokenizer, ends, call_format) for r in rows))
+            prompts, named, formats, owned, resets = zip(*(open_row(r, tokenizer, environment_factory, tools, call_format, ends) for r in rows))
             done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate"), start, schedule, owned=owned, renew=lambda i, resets=resets: resets[i]())
     columns = {c: [row[c] for row in dataset] for c in dataset.column_names if c not in ("prompt", "completion", "completion_ids")}
     return Evaluation(done, reward(prompts=[row["prompt"] for row in dataset], completions=[t.messages for t in done],

@@ -29,7 +29,7 @@ def step_on_record(
     trainer: Any,   # TIRTrainer
 ) -> int:
     "The step under which TRL will log what happens now: in training the one that is under way, in evaluation the last one done."
-    return trainer.state.global_step + trainer.model.training
+    return trainer._offset + trainer.state.global_step + trainer.model.training
 
 def _text(value):
     "A column's value as the record keeps it."

@@ -75,7 +75,7 @@ def _with_hints(self: Rolling, prompt_ids, hints):
 @patch
 def _done(self: Rolling):
     "Share of the run that is over."
-    return self.state.global_step / max(self.state.max_steps, 1)
+    return (self._offset + self.state.global_step) / max(self._total or self.state.max_steps, 1)
 
 @patch
 def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):

@@ -68,15 +68,15 @@ def hint_share(
     place: int,         # of the rollout in its group, from 0
     size: int,          # of the group
     done: float,        # share of the run that is over, 0 to 1
-    midpoint: float = 0.2,
-    steepness: float = 125.0,
+    midpoint: float = 0.2,      # share of the run after which half of the lines are gone
+    steepness: float = 125.0,   # how suddenly
 ) -> float:             # 0 to 1
     "Share of a hint's lines that are shown. Source: RuscaRL, arXiv 2508.16949: group factor times step factor."
     z = steepness * (done - midpoint)
     return (size - 1 - place) / max(size - 1, 1) / (1 + math.exp(min(z, 700.0)))
 
 def hint_lines(
-    signal: Hints,
+    signal: Hints,  # which hint
     row: dict,      # of the dataset
     syntax: str,    # how calls are written
 ) -> list[str]:
@@ -126,7 +126,7 @@ class AuxiliarySFT:
 Signal = OffPolicy | Hints | Replay | AuxiliarySFT
 
 def makers(
-    signals: list[Signal],
+    signals: list[Signal],   # of the trainer
     first: int,       # number of the first row among those of the step, all processes'
     n: int,           # rows
     size: int,        # of a group
@@ -137,12 +137,12 @@ def makers(
 
 # %% ../nbs/40h_supervision.ipynb #d5fcc082
 def check_supervision(
-    signals: list[Signal],
+    signals: list[Signal],  # of the trainer
     args: TIRConfig,        # of the trainer
     dataset: Any,           # rows to train on
     engine: str,            # name of the engine
     context: int,           # longest sequence of the model
-    tokenizer: Any,
+    tokenizer: Any,         # of the policy
 ) -> None:
     "Raises: ValueError, in one sentence, for supervision that cannot work."
     if not signals: return
@@ -182,10 +182,10 @@ class Plan:
     own: dict[int, Any]                      # row -> engine that shows it
 
 def make_plan(
-    signals: list[Signal],
+    signals: list[Signal],    # of the trainer
     rows: list[dict],         # n rows of the dataset
     formats: list,            # n, how calls are written
-    limits: RolloutLimits,
+    limits: RolloutLimits,    # of a rollout
     first: int,               # number of the first row among those of the step, all processes'
     size: int,                # of a group
     done: float,              # share of the run that is over

@@ -116,6 +116,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
             if self.environment_factories: self._env_tools = {name: tool_schemas(tools) for name, tools in self._env_tools.items()}   # TRL makes them anew for every row
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
+        self._offset, self._total = 0, None   # steps done in earlier rounds, and in all rounds, where there are rounds
         self.bounds = None
         self.intervene(interventions)
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
@@ -252,7 +253,8 @@ def _show(self: TIRTrainer, rows):
     tasks = {task_name(row): row for row in rows}
     if new := [name for name in tasks if name not in self._shown]:
         limits = rollout_limits(self.args, getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31), bool(self.tools))
-        self._shown |= zip(new, demonstrate([tasks[name] for name in new], self._tokenizer, *self._offered, self.args.call_format, limits, end_tokens=self.eos_token_ids))
+        self._shown |= zip(new, demonstrate([tasks[name] for name in new], self._tokenizer, *self._offered, self.args.call_format, limits,
+                                              end_tokens=self.eos_token_ids, chat_template=self.chat_template, template_kwargs=self.chat_template_kwargs))
     return [self._shown[name] for name in tasks if is_whole(self._shown[name])]
 
 # %% ../nbs/41_trainer.ipynb #069dafa1
@@ -326,8 +328,9 @@ def log(self: TIRTrainer, logs, start_time=None):
     super(TIRTrainer, self).log(logs, start_time)
     if not self._recorder or not self.is_world_process_zero(): return
     evaluation = any(k.startswith("eval_") for k in logs)
-    self._recorder.writer.log(self.state.global_step, {k.removeprefix("eval_"): v for k, v in logs.items()}, "eval" if evaluation else "train")
-    self._recorder.beat(self.state.global_step)
+    step = self._offset + self.state.global_step
+    self._recorder.writer.log(step, {k.removeprefix("eval_"): v for k, v in logs.items()}, "eval" if evaluation else "train")
+    self._recorder.beat(step)
 
 # %% ../nbs/41_trainer.ipynb #f9ab3b37
 @patch
@@ -336,7 +339,7 @@ def train(self: TIRTrainer, resume_from_checkpoint=None, **kwargs):
     resume = bool(resume_from_checkpoint)
     self._checked = False
     self._renew()
-    if self.state.global_step and self.run_dir and not resume: self.run_dir, self._rows_of_step = free_folder(self.run_dir), None
+    if self.state.global_step and self.run_dir and not (resume or self._recorder): self.run_dir, self._rows_of_step = free_folder(self.run_dir), None
     with recording(self, resume, training=True): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 @patch
@@ -345,6 +348,13 @@ def evaluate(self: TIRTrainer, *args, **kwargs):
     if not self.is_in_train: self._renew()
     self._drawn = {}   # the same rollouts every time
     with recording(self): return super(TIRTrainer, self).evaluate(*args, **kwargs)
+
+@patch
+def _get_train_sampler(self: TIRTrainer, *args, **kwargs):
+    "TRL's; a later round draws other prompts than the first."
+    sampler = super(TIRTrainer, self)._get_train_sampler(*args, **kwargs)
+    if self._offset and getattr(sampler, "shuffle", False): sampler.generator.manual_seed(self.args.seed + self._offset)
+    return sampler
 
 @patch
 def _renew(self: TIRTrainer):

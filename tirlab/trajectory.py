@@ -74,7 +74,7 @@ class Trajectory:
     turns: list[Turn]       # in order; none where nothing could be sampled
     stop: StopReason        # why it ended
     error: str | None = None   # what the engine said where it failed
-    origin: str = "sampled"    # "sampled", or how supervision made it: "hinted", "demonstration", "replay"
+    origin: str = "sampled"    # "sampled", or how supervision made it: "hinted", "demonstration", "replay", "reflection"
     hint: str | None = None    # what the policy was told when it was sampled, and is not told when it learns
 
     @property

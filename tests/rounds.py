@@ -1,0 +1,41 @@
+"""An interleaved run that may be killed: `python rounds.py FOLDER [WHERE]`, WHERE one of rl, sft, between; without it, to the end, going on with what is there."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+import tirlab.interleave
+from tirlab.all import ErroneousTrajectories, Interleave, TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
+from tirlab.tasks import ENVIRONMENTS
+
+
+class Kill(TrainerCallback):
+    "SIGKILL right after the checkpoint of a step."
+    def __init__(self, name, step):
+        self.name, self.step = name, step
+
+    def on_save(self, args, state, control, **kwargs):
+        if Path(args.output_dir).name == self.name and state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    folder, where = sys.argv[1], (sys.argv[2:] or [None])[0]
+    args = TIRConfig(output_dir=folder, run_dir=folder + "/run", per_device_train_batch_size=8, num_generations=4, max_completion_length=120, learning_rate=1e-4, beta=0.05, seed=3, advantage="gtpo",
+                     save_strategy="steps", save_steps=1, disable_tqdm=True, report_to="none", prompt_sampling="mopps", probe="off")
+    trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("all", n=12), environment_factory=ENVIRONMENTS)
+    if where == "rl": trainer.add_callback(Kill("phase-02-rl", 2))
+    if where == "sft":
+        made = tirlab.interleave.SFTTrainer
+        tirlab.interleave.SFTTrainer = lambda callbacks=None, **kwargs: made(callbacks=[*(callbacks or []), Kill("phase-03-sft", 2)], **kwargs)
+    if where == "between":
+        stored = tirlab.interleave._store
+        def store(trainer, folder, optimizer):
+            stored(trainer, folder, optimizer)
+            if folder.name == "phase-01-sft": os.kill(os.getpid(), signal.SIGKILL)
+        tirlab.interleave._store = store
+    plan = Interleave([2, 3, 2], [ErroneousTrajectories("any")], sft=dict(learning_rate=1e-4, per_device_train_batch_size=2))
+    plan.train(trainer, resume=True)
