@@ -129,6 +129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tirlab.collapse._ranked': ('collapse.html#_ranked', 'tirlab/collapse.py'),
                                  'tirlab.collapse._table': ('collapse.html#_table', 'tirlab/collapse.py'),
                                  'tirlab.collapse._turn_is': ('collapse.html#_turn_is', 'tirlab/collapse.py'),
+                                 'tirlab.collapse.collapse_began': ('collapse.html#collapse_began', 'tirlab/collapse.py'),
                                  'tirlab.collapse.culprits': ('collapse.html#culprits', 'tirlab/collapse.py'),
                                  'tirlab.collapse.robust_z': ('collapse.html#robust_z', 'tirlab/collapse.py')},
             'tirlab.collapse_signals': { 'tirlab.collapse_signals.Roles': ('collapse_signals.html#roles', 'tirlab/collapse_signals.py'),

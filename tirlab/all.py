@@ -2,7 +2,7 @@
 from tirlab.advantages import *
 from tirlab.calls import *
 from tirlab.confidence import *
-from tirlab.collapse import Alarm as Alarm, CollapseMonitor as CollapseMonitor, Detectors as Detectors
+from tirlab.collapse import Alarm as Alarm, CollapseMonitor as CollapseMonitor, Detectors as Detectors, collapse_began as collapse_began
 from tirlab.config import *
 from tirlab.continuous import ContinuousEngine as ContinuousEngine
 from tirlab.drift import assert_masks as assert_masks, drift_check as drift_check, drift_check_model as drift_check_model
