@@ -1,4 +1,4 @@
-"""An interleaved run that may be killed: `python rounds.py FOLDER [WHERE]`, WHERE one of rl, sft, between; without it, to the end, going on with what is there."""
+"""An interleaved run that may be killed: `python rounds.py FOLDER [WHERE]`, WHERE one of start, rl, rl-end, sft, sft-end, between; without it, to the end, going on with what is there."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ from tirlab.tasks import ENVIRONMENTS
 
 
 class Kill(TrainerCallback):
-    "SIGKILL right after the checkpoint of a step."
+    "SIGKILL right after the checkpoint of a step, the last one if it is None."
     def __init__(self, name, step):
         self.name, self.step = name, step
 
     def on_save(self, args, state, control, **kwargs):
-        if Path(args.output_dir).name == self.name and state.global_step == self.step:
+        if Path(args.output_dir).name == self.name and state.global_step == (self.step or state.max_steps):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -27,10 +27,11 @@ if __name__ == "__main__":
     args = TIRConfig(output_dir=folder, run_dir=folder + "/run", per_device_train_batch_size=8, num_generations=4, max_completion_length=120, learning_rate=1e-4, beta=0.05, seed=3, advantage="gtpo",
                      save_strategy="steps", save_steps=1, disable_tqdm=True, report_to="none", prompt_sampling="mopps", probe="off")
     trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("all", n=12), environment_factory=ENVIRONMENTS)
-    if where == "rl": trainer.add_callback(Kill("phase-02-rl", 2))
-    if where == "sft":
+    places = {"start": ("phase-00-rl", 1), "rl": ("phase-02-rl", 2), "rl-end": ("phase-02-rl", None), "sft": ("phase-03-sft", 2), "sft-end": ("phase-01-sft", None)}
+    if where in ("start", "rl", "rl-end"): trainer.add_callback(Kill(*places[where]))
+    if where in ("sft", "sft-end"):
         made = tirlab.interleave.SFTTrainer
-        tirlab.interleave.SFTTrainer = lambda callbacks=None, **kwargs: made(callbacks=[*(callbacks or []), Kill("phase-03-sft", 2)], **kwargs)
+        tirlab.interleave.SFTTrainer = lambda callbacks=None, **kwargs: made(callbacks=[*(callbacks or []), Kill(*places[where])], **kwargs)
     if where == "between":
         stored = tirlab.interleave._store
         def store(trainer, folder, optimizer):

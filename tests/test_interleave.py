@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tirlab.all import (Alarm, CollapseMonitor, DemonstrationSFT, Detectors, ErroneousTrajectories, Hints, Interleave, OnAlarm, Reflections, RejectionSampling, TIRConfig, TIRTrainer, answer_reward,
                         demonstrate, make_tasks, open_run, tiny_policy)
-from tirlab.interleave import bare_forward, cleared
+from tirlab.interleave import bare_forward, cleared, last_checkpoint
 from tirlab.reflections import rule_writer, short_prompt
 from tirlab.tasks import ENVIRONMENTS
 from tirlab.tiny import tiny_tokenizer
@@ -61,7 +62,6 @@ def test_a_reference_that_is_kept_stays_where_it_was(tmp_path):
 @pytest.mark.parametrize("optimizer", ["fresh", "kept"])
 def test_moments_begin_anew_or_go_on(tmp_path, optimizer):
     t, seen = trainer(tmp_path), []
-    from transformers import TrainerCallback
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs): seen.append(len(t.optimizer.state))
     t.add_callback(Look())
@@ -122,11 +122,12 @@ def run_script(folder, *where):
     return subprocess.run([sys.executable, script, str(folder), *where], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("where,phases", [("rl", 2), ("sft", 3), ("between", 1)])
+@pytest.mark.parametrize("where,phases", [("start", 0), ("rl", 2), ("rl-end", 2), ("sft", 3), ("sft-end", 1), ("between", 1)])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(tmp_path, whole, where, phases):
-    "SIGKILL in RL, in supervised training, between the two: the same weights, lessons and tasks as without, bit for bit."
+    "SIGKILL in the first round, in a later one, in supervised training, at the last step of either, between the two: the same weights, lessons and tasks as without, bit for bit."
     assert run_script(tmp_path, where).returncode == -9
-    assert len(json.loads((tmp_path / "phases.json").read_text())) == phases
+    done = tmp_path / "phases.json"
+    assert (len(json.loads(done.read_text())) if done.exists() else 0) == phases
     done = run_script(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = weights(tmp_path), weights(whole)
@@ -167,6 +168,44 @@ def test_without_an_alarm_there_is_no_supervision(tmp_path):
     t = trainer(tmp_path, [CollapseMonitor(action="stop")])
     phases = Interleave(OnAlarm(steps=3), [ErroneousTrajectories()]).train(t)
     assert [p["kind"] for p in phases] == ["rl"] and phases[0]["reached"] == 3
+
+
+class Stop(TrainerCallback):
+    "Ends the process, as far as files can tell, right after the checkpoint of a step of the first round."
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if Path(args.output_dir).name == "phase-00-rl" and state.global_step == self.step: raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:Collapse alarm")
+def test_alarms_come_when_they_would_have_come(tmp_path):
+    "Stopped a step before the first alarm, and between the alarm and the end of its round: the same alarms, phases and weights as without."
+    plan = Interleave(OnAlarm(steps=8, portion=1, most=2, check=2), [ErroneousTrajectories("any")], sft=dict(learning_rate=1e-3, per_device_train_batch_size=2))
+    new = lambda name: alarmed(tmp_path / name, learning_rate=1e-3, save_strategy="steps", save_steps=1)[0]
+    plain = lambda name: [{k: v for k, v in p.items() if k != "seconds"} for p in json.loads((tmp_path / name / "phases.json").read_text())]
+    told = lambda name: [json.loads(line) | {"time": 0} for line in (tmp_path / name / "run" / "alarms.jsonl").read_text().splitlines()]
+    phases = plan.train(new("whole"))
+    for name, step in (("before", phases[0]["reached"] - 1), ("at", phases[0]["reached"])):
+        t = new(name)
+        t.add_callback(Stop(step))
+        with pytest.raises(KeyboardInterrupt): plan.train(t)
+        plan.train(new(name), resume=True)
+        assert plain(name) == plain("whole") and told(name) == told("whole")
+        a, b = (torch.load(tmp_path / n / phases[-1]["folder"] / "weights.pt", weights_only=True) for n in (name, "whole"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    t = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2, replay_successes=2)
+    t.train()
+    found = lambda: last_checkpoint(tmp_path, t)
+    assert found() == str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "prompts.json").unlink()
+    assert found() == str(tmp_path / "checkpoint-1") and last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text('{"glo')
+    assert found() is None
 
 
 @pytest.mark.filterwarnings("ignore:Collapse alarm")
@@ -211,4 +250,7 @@ def test_what_a_trainer_must_have(tmp_path):
     with pytest.raises(ValueError, match="action='stop'"): Interleave(OnAlarm(3), [DemonstrationSFT()]).train(trainer(tmp_path / "b"))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "phases.json").write_text("[]")
-    with pytest.raises(ValueError, match="already holds an interleaved run"): Interleave([1, 1], [DemonstrationSFT()]).train(trainer(tmp_path / "c"))
+    (tmp_path / "d" / "phase-00-rl").mkdir(parents=True)
+    for name in ("c", "d"):
+        with pytest.raises(ValueError, match="already holds an interleaved run"): Interleave([1, 1], [DemonstrationSFT()]).train(trainer(tmp_path / name))
+    with pytest.raises(ValueError, match="give its run folder"): Interleave([1, 1], [DemonstrationSFT()]).train(trainer(tmp_path / "d", run_dir=None), resume=True)
