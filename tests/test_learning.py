@@ -337,7 +337,7 @@ def test_options_without_a_meaning_beside_gtpo_are_refused_by_name(option):
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
-    "A group that lies across two gloo processes: same rollouts, same advantages, same reasons to leave one out, as in one process."
+    "A group that lies across two gloo processes: same rollouts, same advantages, same reasons to leave one out, same rows shown and told, as in one process."
     import os
     import subprocess
     import sys
@@ -348,6 +348,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]   # the launcher's own words come last and say nothing
         run = open_run(tmp_path / name / "run")
         rows = [run.trajectory(i) for i in run.index().id]
-        runs.append(sorted((tuple(r.ids), tuple(round(a, 4) for a in r.turn_advantages), r.dropped) for r in rows))
+        runs.append(sorted((tuple(r.ids), tuple(round(a, 4) for a in r.turn_advantages), r.dropped, r.origin, r.hint) for r in rows))
         assert len({r.rank for r in rows}) == (2 if name == "two" else 1) and len({r.group for r in rows}) == len(rows) // 16
-    assert runs[0] == runs[1] and any(d for *_, d in runs[0])
+    assert runs[0] == runs[1] and any(d for *_, d, _, _ in runs[0])
+    assert [r.origin for r in rows].count("demonstration") == len(rows) // 16 == [r.origin for r in rows].count("hinted") // 2
