@@ -40,3 +40,5 @@ if __name__ == "__main__":
         tirlab.interleave._store = store
     plan = Interleave([2, 3, 2], [ErroneousTrajectories("any")], sft=dict(learning_rate=1e-4, per_device_train_batch_size=2))
     plan.train(trainer, resume=True)
+    trainer.accelerator.wait_for_everyone()   # gloo aborts a process whose partner has gone first
+    trainer.accelerator.end_training()

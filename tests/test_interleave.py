@@ -143,6 +143,15 @@ def test_a_finished_run_is_not_trained_again(whole):
     assert run_script(whole).returncode == 0 and (whole / "phases.json").read_text() == before
 
 
+def test_two_processes_go_through_the_same_phases(tmp_path):
+    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(__file__).with_name("rounds.py")), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    phases, index = json.loads((tmp_path / "phases.json").read_text()), open_run(tmp_path / "run").index()
+    assert [p["kind"] for p in phases] == ["rl", "sft", "rl", "sft", "rl"] and all(p["steps"] and p["losses"] for p in phases if p["kind"] == "sft")
+    assert {*index[index.phase == "rl"]["rank"]} == {0, 1} and len(index[index.phase == "sft"]) == sum(p.get("rows", 0) for p in phases)
+
+
 # alarms
 
 def alarmed(folder, **options):
