@@ -1,5 +1,11 @@
 """Published recipes: each trains, and each does what a hand table says it does."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +17,10 @@ from tirlab.cli import main
 from tirlab.config import TIRConfig
 from tirlab.losses import token_weights
 from tirlab.rewards import answer_reward
-from tirlab.presets import PRESETS, preset, preset_trainer, read_settings, train_config
+from tirlab.interleave import OnAlarm
+from tirlab.presets import PRESETS, preset, preset_plan, preset_trainer, read_settings, train_config, train_preset
+from tirlab.recipes import RewardBar
+from tirlab.reflections import EndpointWriter
 from tirlab.traces import open_run
 
 SMALL = dict(max_steps="3", num_generations="4", per_device_train_batch_size="8", steps_per_generation="1", max_completion_length="96", max_turn_length="48", n="8", level="1",
@@ -24,7 +33,7 @@ def peft_where_it_is_needed(request):
         pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if not p.plan])
 def test_every_preset_trains(name, tmp_path):
     "Three steps on the tiny policy, sampled for real: finite weights, three lines in the run folder."
     t = preset_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path)))
@@ -35,6 +44,21 @@ def test_every_preset_trains(name, tmp_path):
     for key, value in PRESETS[name].sets.items():
         assert getattr(t.args, key) == value or key in SMALL
     assert t.args.learning_rate == 1e-4 and t.num_generations == 4
+
+
+@pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if p.plan])
+def test_every_preset_with_rounds_trains(name, tmp_path):
+    "Two steps of RL and two more, on tasks of all families; what is taught between is on record."
+    adaptive, first = name == "adaptive", name == "tool_rl_box/sft_rl"
+    rounds = {"max_steps": "3"} if adaptive else {"rounds": "[0, 3]" if first else "[2, 2]"} | ({} if first else {"failed_rule": "any"})
+    small = {k: v for k, v in SMALL.items() if k != "max_steps"}
+    t = train_preset(small | rounds | dict(recipe=name, tasks="all", sft_per_device_train_batch_size="4", sft_gradient_accumulation_steps="1", output_dir=str(tmp_path)))
+    index, phases = open_run(t.run_dir).index(), json.loads((tmp_path / "phases.json").read_text())
+    assert [(p["kind"], p["reached"]) for p in phases] == ([("rl", 3)] if adaptive else [("rl", 0), ("sft", 0), ("rl", 3)] if first else [("rl", 2), ("sft", 2), ("rl", 4)])
+    taught = index[index.phase == "sft"]
+    assert set(taught.origin) == (set() if adaptive else {"demonstration", "reflection"} if name.endswith("prs") else {"demonstration"}) and open_run(t.run_dir).status() == "finished"
+    for key, value in PRESETS[name].sets.items():
+        assert getattr(t.args, key) == value or key in SMALL
 
 
 # ---- what distinguishes each, by hand. Two groups of four; what they write is SCRIPTS of test_learning: turns (2, 3, 2, 3), members 2 and 3 stumble.
@@ -151,6 +175,30 @@ def test_tool_rl_box_is_held_to_the_reference(tmp_path, monkeypatch):
     assert "ref_per_token_logps" not in batch_and_gradient(scripted("mt_grpo", tmp_path / "b", monkeypatch))[0]
 
 
+@pytest.mark.parametrize("name,origins", [("ops", ["demonstration", "sampled", "sampled", "sampled"]), ("hbg", ["hinted", "hinted", "sampled", "sampled"])])
+def test_ops_shows_one_and_hbg_tells_two(name, origins, tmp_path):
+    t = preset_trainer(SMALL | dict(recipe=f"tool_rl_box/{name}", output_dir=str(tmp_path), max_steps="1"))
+    t.train()
+    rows = [open_run(t.run_dir).trajectory(i) for i in open_run(t.run_dir).index().id]
+    assert [r.origin for r in rows] == origins * 2 and all((r.reward == 1) for r in rows if r.origin == "demonstration") and [bool(r.hint) for r in rows] == [o == "hinted" for o in origins * 2]
+
+
+def test_rounds_are_the_papers():
+    ets, prs, first, ours = (preset_plan({"recipe": n}) for n in ("tool_rl_box/ets", "tool_rl_box/prs", "tool_rl_box/sft_rl", "adaptive"))
+    assert ets.rounds == prs.rounds == [50, 100, 150] and first.rounds == [0, 300] and ours.rounds == OnAlarm(300)
+    for plan, epochs in ((ets, 2), (prs, 2), (first, 3)):
+        assert plan.sft["per_device_train_batch_size"] * plan.sft["gradient_accumulation_steps"] == 128 and plan.sft["learning_rate"] == 1e-5 and plan.sft["num_train_epochs"] == epochs
+    assert (ets.signals[0].rule, ets.signals[0].window, ets.sft["warmup_steps"], prs.signals[0].demonstrate) == ("all", 10, 0.3, True)
+    with_model = preset_plan(dict(recipe="tool_rl_box/prs", writer_url="http://localhost:8000/v1", writer_model="m", failed_rule="any", sft_num_train_epochs="1", sft_max_length="null"))
+    assert isinstance(with_model.signals[0].writer, EndpointWriter) and with_model.signals[0].of.rule == "any" and with_model.sft["num_train_epochs"] == 1 and with_model.sft["max_length"] is None
+    assert preset_plan(dict(recipe="adaptive", max_steps="20")).rounds == OnAlarm(20) and preset_plan({}) is None
+
+
+def test_adaptive_waits_for_a_monitor_that_stops(tmp_path):
+    t = preset_trainer(dict(recipe="adaptive", output_dir=str(tmp_path)))
+    assert [c.action for c in t.callback_handler.callbacks if type(c).__name__ == "CollapseMonitor"] == ["stop"]
+
+
 def test_prorl_resets_reference_and_moments(tmp_path, monkeypatch):
     t = scripted("prorl", tmp_path, monkeypatch, ref_model_sync_steps=1, reset_optimizer_steps=1, steps_per_generation=1, learning_rate=1e-3)
     start = t.model.lm_head.weight.clone()
@@ -195,7 +243,7 @@ def test_presets_name_arguments_that_exist_and_differ_from_the_defaults():
     default = TIRConfig()
     for name, p in PRESETS.items():
         TIRConfig(**p.sets)
-        assert p.paper and p.inferred and (p.lora or p.reward is not answer_reward or any(getattr(default, k) != v for k, v in p.sets.items())), name
+        assert p.paper and p.inferred and (p.lora or p.plan or p.reward is not answer_reward or any(getattr(default, k) != v for k, v in p.sets.items())), name
     with pytest.raises(ValueError, match="Unknown recipe 'ppo'; choose one of gtpo, "):
         preset("ppo")
 
@@ -220,6 +268,22 @@ def test_what_is_typed_wins_over_the_file_and_the_file_over_the_preset(tmp_path)
     (["level=99"], "level='99' is not a whole number from 1 to 10."),
     (["tasks=chess"], "Unknown task family 'chess'"),
     (["config=/nowhere.yaml"], "No such file"),
+    (["rounds=[2,2]"], "Recipe 'gtpo' has no rounds of supervised training, so rounds has no meaning"),
+    (["sft_learning_rate=1"], "so sft_learning_rate has no meaning"),
+    (["recipe=tool_rl_box/ets", "max_steps=3"], "give their steps, such as rounds=[4,6,8]."),
+    (["recipe=tool_rl_box/ets", "rounds=[2,few]"], "rounds='[2,few]' is not a list of steps"),
+    (["recipe=tool_rl_box/ets", "rounds=[-1]"], "has no step of RL"),
+    (["recipe=tool_rl_box/ets", "sft_learning_rate=much"], "sft_learning_rate: invalid float value: 'much'"),
+    (["recipe=tool_rl_box/ets", "sft_lr=1"], "Unknown argument 'sft_lr'; the nearest is sft_"),
+    (["recipe=tool_rl_box/ets", "writer_url=http://localhost/v1"], "writes no reflections"),
+    (["recipe=tool_rl_box/ets", "failed_rule=some"], "choose 'all' or 'any'"),
+    (["recipe=tool_rl_box/sft_rl", "failed_rule=all"], "does not ask which tasks failed"),
+    (["recipe=tool_rl_box/prs", "writer_url=http://localhost/v1"], "writer_url and writer_model belong together"),
+    (["recipe=tool_rl_box/prs", "writer_url=localhost", "writer_model=m"], "give the whole address"),
+    (["recipe=adaptive", "rounds=[2]"], "supervises on an alarm and has no rounds; give max_steps."),
+    (["recipe=adaptive", "max_steps=few"], "max_steps='few' is not a whole number"),
+    (["--resume"], "--resume goes on with the run in output_dir; give it."),
+    (["--resume", "output_dir=nowhere"], "There is nothing in nowhere to go on with: no run folder, no checkpoint."),
 ])
 def test_what_is_wrong_is_said_in_one_line(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -234,3 +298,58 @@ def test_train_from_the_command_line(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     folder = next(line for line in out.splitlines() if line.startswith("Run folder: ")).removeprefix("Run folder: ")
     assert open_run(folder).meta()["config"]["advantage"] == "gtpo" and folder.startswith("runs")
+
+
+# ---- going on
+
+
+def test_checkpoints_end_batches_of_rollouts(tmp_path):
+    every = lambda name, **more: preset_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path), save_strategy="steps") | more).args
+    args = every("tool_rl_box", steps_per_generation="3")
+    assert (args.save_steps, args.save_total_limit) == (51, 2)
+    assert every("gtpo").save_steps == 50 and every("gtpo", save_steps="5", steps_per_generation="4", gradient_accumulation_steps="2").save_steps == 6
+
+
+def test_a_recipe_without_rounds_goes_on(tmp_path, monkeypatch, capsys):
+    "Interrupted in the second step of three, and gone on with: the weights and the record of a run without interruption, in one folder; once more, and nothing happens."
+    given = lambda name, **more: SMALL | dict(recipe="arpo", save_strategy="steps", save_steps="1", learning_rate="1e-3", output_dir=str(tmp_path / name)) | more
+    whole, real = train_preset(given("whole")), RewardBar.on_step_end
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 2: raise KeyboardInterrupt
+        real(self, args, state, control, **kwargs)
+    monkeypatch.setattr(RewardBar, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt): train_preset(given("cut"))
+    monkeypatch.setattr(RewardBar, "on_step_end", real)
+    with pytest.raises(ValueError, match="already holds a run; go on with it by --resume"): train_preset(given("cut"))
+    with pytest.raises(ValueError, match="learning_rate is 1e-4, and was 1e-3 when .* was begun"): train_preset(given("cut", learning_rate="1e-4"), resume=True)
+    for _ in range(2):
+        t = train_preset(given("cut"), resume=True)
+        assert t.state.global_step == 3 and all(torch.equal(a, b) for a, b in zip(t.model.parameters(), whole.model.parameters()))
+        ours, theirs = (open_run(x.run_dir).index().sort_values("id") for x in (t, whole))
+        assert ours.id.tolist() == theirs.id.tolist() and ours.task.tolist() == theirs.task.tolist() and ours.tokens.tolist() == theirs.tokens.tolist()
+        assert len(list((tmp_path / "cut").glob("*/meta.json"))) == 1 and open_run(t.run_dir).status() == "finished"
+
+
+def test_a_killed_recipe_with_rounds_goes_on_to_the_same_end(tmp_path):
+    "SIGKILL in the first round of RL, then in supervised training, each time gone on with by --resume: the lessons, tasks and weights of a run that nobody killed."
+    words = ["recipe=tool_rl_box/ets", "rounds=[2,2]", "failed_rule=any", "tasks=all", "save_steps=1", "sft_num_train_epochs=4", "sft_per_device_train_batch_size=2", "sft_gradient_accumulation_steps=1",
+             "sft_learning_rate=1e-4", "probe=off", *(f"{k}={v}" for k, v in SMALL.items() if k not in ("max_steps", "save_strategy"))]
+    def run(folder, *more, until=None):
+        "Run to the end, or until a checkpoint is there."
+        process = subprocess.Popen([sys.executable, "-m", "tirlab.cli", "train", *words, f"output_dir={folder}", *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while until and process.poll() is None:
+            if (folder / until / "trainer_state.json").exists(): process.send_signal(signal.SIGKILL); break
+            time.sleep(0.01)
+        return process.communicate(timeout=300)[0], process.returncode
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert run(cut, until="phase-00-rl/checkpoint-1")[1] == -9 and not (cut / "phases.json").exists()
+    assert run(cut, "--resume", until="phase-01-sft/checkpoint-1")[1] == -9 and len(json.loads((cut / "phases.json").read_text())) == 1
+    said, code = run(cut, "--resume")
+    assert code == 0, said[-3000:]
+    assert run(whole)[1] == 0
+    phases = [[{k: v for k, v in p.items() if k != "seconds"} for p in json.loads((f / "phases.json").read_text())] for f in (cut, whole)]
+    assert phases[0] == phases[1] and [p["kind"] for p in phases[0]] == ["rl", "sft", "rl"] and phases[0][1]["rows"] > 2
+    a, b = (torch.load(f / "phase-02-rl" / "weights.pt", weights_only=True) for f in (cut, whole))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    ours, theirs = (open_run(next(f.glob("*/meta.json")).parent).index().sort_values("id") for f in (cut, whole))
+    assert ours.id.tolist() == theirs.id.tolist() and ours.task.tolist() == theirs.task.tolist() and ours.tokens.tolist() == theirs.tokens.tolist()

@@ -76,11 +76,11 @@ def demo(
 
 # %% ../nbs/51_cli.ipynb #b4325941
 def train(
-    args: argparse.Namespace,   # settings: words of the form key=value
+    args: argparse.Namespace,   # settings: words of the form key=value; resume
 ) -> int:                       # exit status
     "Train a preset on the built-in tasks and print its run folder."
     from tirlab.presets import read_settings, train_preset
-    trainer = train_preset(read_settings(args.settings))
+    trainer = train_preset(read_settings(args.settings), args.resume)
     if not trainer.run_dir: print("No run folder was written, as trace=false asks.")
     return 0
 
@@ -144,7 +144,9 @@ def parser() -> argparse.ArgumentParser:
     d.set_defaults(function=demo)
     t = commands.add_parser("train", help="train a published recipe: recipe=NAME model=PATH tasks=FAMILY key=value ...")
     t.add_argument("settings", nargs="*", metavar="key=value", help="recipe (gtpo), model (the tiny policy), tasks: arithmetic, lookup, repair or all (arithmetic), level, n (256 tasks), "
-                   "config=FILE with the same in YAML, and any argument of TIRConfig, e.g. max_steps=100")
+                   "config=FILE with the same in YAML, and any argument of TIRConfig, e.g. max_steps=100; for recipes with rounds of supervised training rounds=[50,100,150], failed_rule, "
+                   "writer_url and writer_model, and sft_... for any argument of SFTConfig")
+    t.add_argument("--resume", action="store_true", help="go on with the run in output_dir, from its last checkpoint, with the settings that it was begun with")
     t.set_defaults(function=train)
     a = commands.add_parser("app", help="browse a run folder, also while it is being written")
     a.add_argument("run", metavar="RUN", help="run folder")
@@ -181,4 +183,7 @@ def main(
     args = parser().parse_args(argv)
     try: return args.function(args)
     except (RunError, ValueError, OSError) as e: print(f"tirlab: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("tirlab: interrupted; a run folder that was begun can be opened as it is: tirlab app RUN", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("tirlab: interrupted; a run folder that was begun can be opened as it is: tirlab app RUN; training goes on with --resume", file=sys.stderr); return 130
+
+# %% ../nbs/51_cli.ipynb #49efb39c
+if __name__ == "__main__": sys.exit(main())

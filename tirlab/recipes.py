@@ -40,17 +40,22 @@ def transcript(
 # %% ../nbs/44_recipes.ipynb #f62a6070
 class RewardBar(TrainerCallback):
     "Progress bar over optimiser steps with the mean reward and the calls of a rollout."
+    def __init__(self,
+        total: int | None = None,                # optimiser steps of all rounds; None for those of the training that begins
+        before: Callable[[], int] = lambda: 0,   # optimiser steps of the rounds that are over
+    ): self.total, self.before, self.bar = total, before, None
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc="training", unit="step", file=sys.stderr)
+        if self.bar is None: self.bar = tqdm(total=self.total or state.max_steps, initial=self.before() + state.global_step, desc="training", unit="step", file=sys.stderr)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "reward" in logs: self.bar.set_postfix(reward=f"{logs['reward']:.2f}", calls=f"{logs.get('tools/call_frequency', 0):.2f}")
 
-    def on_step_end(self, args, state, control, **kwargs): self.bar.update()
+    def on_step_end(self, args, state, control, **kwargs): self.bar.update(self.before() + state.global_step - self.bar.n)
 
     def close(self) -> None:
         "Leave the bar as it is, also after an interruption."
-        if hasattr(self, "bar"): self.bar.close()
+        if self.bar is not None: self.bar.close()
 
 # %% ../nbs/44_recipes.ipynb #b15de1a3
 def demo(
