@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 # %% ../nbs/40i_lessons.ipynb #308e91f2
-from .batches import task_name
 from .demonstrations import is_whole
 from .prompts import failed
 from .reflections import Case, analysis_prompt, case_of_trace, reflect
