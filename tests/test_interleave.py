@@ -263,3 +263,47 @@ def test_what_a_trainer_must_have(tmp_path):
     for name in ("c", "d"):
         with pytest.raises(ValueError, match="already holds an interleaved run"): Interleave([1, 1], [DemonstrationSFT()]).train(trainer(tmp_path / name))
     with pytest.raises(ValueError, match="give its run folder"): Interleave([1, 1], [DemonstrationSFT()]).train(trainer(tmp_path / "d", run_dir=None), resume=True)
+
+
+def test_what_else_a_trainer_must_have(tmp_path):
+    monitor = CollapseMonitor(action="stop")
+    with pytest.raises(ValueError, match="whole groups of 4"): Interleave(OnAlarm(3), [DemonstrationSFT()]).train(trainer(tmp_path / "a", [monitor], per_device_eval_batch_size=6))
+    with pytest.raises(ValueError, match="set the template"): Interleave([1, 1], [DemonstrationSFT()]).train(trainer(tmp_path / "b", answer_pattern=r"\\boxed"))
+
+
+def test_a_round_that_taught_nothing_leaves_the_reference_and_so_does_going_on(tmp_path):
+    "Supervision that found nothing resets no reference; a process that goes on later finds the one that was there."
+    plan = Interleave([1, 1, 1], [ErroneousTrajectories(threshold=-1.0)])
+    t = trainer(tmp_path, beta=0.1, learning_rate=1e-2)
+    before = log_probabilities(t, t.ref_model)
+    plan.train(t)
+    assert torch.equal(log_probabilities(t, t.ref_model), before) and (t._offset, t._total) == (0, None)
+    phases = json.loads((tmp_path / "phases.json").read_text())
+    (tmp_path / "phases.json").write_text(json.dumps(phases[:-1]))
+    import shutil
+    shutil.rmtree(tmp_path / phases[-1]["folder"])
+    again = trainer(tmp_path, beta=0.1, learning_rate=1e-2)
+    plan.train(again, resume=True)
+    assert torch.equal(log_probabilities(again, again.ref_model), before) and torch.equal(log_probabilities(again), log_probabilities(t))
+
+
+def test_tables_of_completions_and_successes_without_rewards(tmp_path):
+    "TRL makes the folder of its tables once; a rollout without a reward is no success."
+    t = trainer(tmp_path, log_completions=True)
+    Interleave([1, 1], [DemonstrationSFT(1)]).train(t)
+    assert list((tmp_path / "phase-02-rl" / "completions").iterdir())
+    around = type("A", (), {"met": lambda self, window: [type("M", (), dict(ids=["b", "a", "c"], rewards=[float("nan"), 1.0, 0.0]))()], "run": type("R", (), {"trajectory": lambda self, i: i})()})()
+    import tirlab.lessons
+    kept, tirlab.lessons.as_trajectory = tirlab.lessons.as_trajectory, lambda row: row
+    try: assert RejectionSampling().lessons(around) == (["a"], {"successes": 1})
+    finally: tirlab.lessons.as_trajectory = kept
+
+
+def test_an_order_of_data_is_found_again_in_a_later_epoch(tmp_path):
+    t = trainer(tmp_path)
+    order = lambda sampler, epoch: (sampler.set_epoch(epoch), list(iter(sampler)))[1]
+    whole = t._get_train_sampler()
+    first, second = list(iter(whole)), list(iter(whole))
+    assert first != second and order(t._get_train_sampler(), 1) == second and order(t._get_train_sampler(), 0) == first
+    t._offset = 3
+    assert list(iter(t._get_train_sampler())) != first

@@ -152,6 +152,43 @@ def test_the_parts_of_a_batch_share_its_lessons(tmp_path):
     assert len(logs) == 2 and all(m["supervision/sft_tokens"] > 10 and m["skipped_steps"] == 0 for m in logs)
 
 
+def test_lessons_that_are_fewer_than_the_parts_of_a_batch_weigh_as_much(tmp_path):
+    "One lesson and four parts: the sum over a step is the mean negative log-likelihood, whatever the split."
+    t = trainer(tmp_path, [AuxiliarySFT(1.0)], trace=False, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    batch(t, (0,) * 2)
+    t.current_gradient_accumulation_steps, sums = 4, 0.0
+    assert len(t._lessons) == 1
+    for t._step in range(4): sums += t._lesson_loss(t.model)
+    ids, seen, learnt = lesson_tensors(t._lessons, TOK.pad_token_id)
+    logits = t.model(ids, attention_mask=seen).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    assert float(sums) == pytest.approx(-(logits * learnt[:, 1:]).sum().item() / learnt[:, 1:].sum().item(), rel=1e-4)
+
+
+def test_what_is_shown_and_told_is_not_what_the_policy_does(tmp_path):
+    "A policy that knows nothing: signals, its own reward and what is learnt about prompts say so, whatever it was shown."
+    t = trainer(tmp_path, [OffPolicy(2)], probe="on", temperature=50.0, prompt_sampling="mopps", trace=False)
+    t.train()
+    logged = next(m for m in t.state.log_history if "reward" in m)
+    assert logged["reward"] == 0.5 and logged["reward/own"] == 0.0 and logged["probe/state/tool_call"] == 0.0
+    assert t._batches.sampler.counts and all(c == [1.0, 1.0 + GROUP - 2] for c in t._batches.sampler.counts.values()), "no success of its own"
+
+
+def test_a_process_whose_rows_were_all_shown_has_the_column_of_the_others(tmp_path):
+    from tirlab.rolling import _known
+    t = trainer(tmp_path, [OffPolicy(1), Hints(1)], trace=False)
+    batch(t)
+    made, own = t._batch[:2], t._batch[2:4]
+    assert _known(made, [x.completion_ids for x in made]) == [[None] * len(x.completion_ids) for x in made]
+    assert _known(own, [x.completion_ids for x in own]) == [x.logprobs for x in own]
+
+
+def test_answers_are_written_as_the_pattern_wants_them(tmp_path):
+    t = trainer(tmp_path, [OffPolicy(1), AuxiliarySFT()], trace=False, answer_pattern=r"\\boxed", answer_template=r"\boxed{{{}}}", void_filter="trajectory")
+    out = batch(t)
+    assert r"\boxed{" + TASKS[0]["answer"] + "}" in TOK.decode(t._batch[0].completion_ids) and len(t._lessons) == 2
+    assert (out["completion_mask"] * out["tool_mask"])[0].any()
+
+
 def test_replay_as_an_argument(tmp_path):
     t = trainer(tmp_path, [Replay(size=3)], trace=False)
     assert t._batches.replay.size == 3 and t._batches.collects
@@ -185,13 +222,15 @@ def test_a_row_that_cannot_be_shown_does_not_stop_the_others(tmp_path, monkeypat
     ([Hints(hint="notes")], {}, "no column `notes`"),
     ([OffPolicy()], dict(engine="trl"), "choose another engine"),
     ([OffPolicy(importance=True)], dict(loss_type="vespo"), "drop one of them"),
+    ([OffPolicy(importance=True)], dict(importance_sampling_level="sequence"), "leave it at 'token'"),
+    ([OffPolicy()], dict(answer_pattern=r"\\boxed"), "set the template"),
 ])
 def test_supervision_that_cannot_work_says_so_before_the_first_step(tmp_path, signals, options, said):
     with pytest.raises(ValueError, match=said): trainer(tmp_path, signals, trace=False, **options)
 
 
 def test_a_dataset_without_ground_truth_and_a_hint_too_long(tmp_path):
-    args = SimpleNamespace(num_generations=4, loss_type="dapo", off_policy_mask_threshold=None)
+    args = SimpleNamespace(num_generations=4, loss_type="dapo", off_policy_mask_threshold=None, importance_sampling_level="token", answer_pattern=None, answer_template="{}")
     bare = TASKS.remove_columns("ground_truth")
     for signal in (OffPolicy(), Hints(), AuxiliarySFT()):
         with pytest.raises(ValueError, match=f"no column `ground_truth`, from which {type(signal).__name__}"): check_supervision([signal], args, bare, "generate", 1024, TOK)

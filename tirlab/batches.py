@@ -117,9 +117,11 @@ class Batches:
 
     def learn(self,
         rewards: Tensor,   # (N,) of all processes' rollouts, nan where unscored
+        own: list[bool] | None = None,   # N, whether the policy made it by itself; None for all. What was shown or told says nothing of how hard a task is
     ) -> None:
         "Hear what came of the rows that were chosen last."
         if not isinstance(self.sampler, MoPPS) or self._asked is None: return
+        if own is not None: rewards = rewards.masked_fill(~torch.tensor(own, device=rewards.device), torch.nan)
         groups = rewards.view(-1, self.args.num_generations)
         self.sampler.update(self._asked, (groups > self.args.success_reward).sum(1).tolist(), (~groups.isnan()).sum(1).tolist())
 
@@ -132,8 +134,9 @@ class Batches:
         wanted, rows = len(inputs) * self.processes // size, self.choose(inputs)
         for rounds_left in range(self.args.oversample_rounds if self.args.oversample else 0, -1, -1):
             trajectories, scores = sample(rows)
-            self.learn(total_rewards(scores, self.weights))
-            new = self._groups(self.gather(list(zip(rows, trajectories))), scores)
+            pairs = self.gather(list(zip(rows, trajectories)))
+            self.learn(total_rewards(scores, self.weights), [t.own for _, t in pairs])
+            new = self._groups(pairs, scores)
             groups, reasons = groups + new, reasons + self._reasons(new)
             plan = plan_batch(reasons, wanted, self.args.oversample, last=not rounds_left)
             if not plan.more: break

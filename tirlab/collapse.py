@@ -16,6 +16,7 @@ from typing import Any, Callable
 # %% ../nbs/32_collapse.ipynb #51f75039
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 # %% ../nbs/32_collapse.ipynb #0c47f26a
@@ -90,7 +91,7 @@ class Cusum:
 SIGNALS = {
     "probe/*/forbidden_mean": "up", "probe/*/forbidden_max": "up", "probe/*/turn_start_mean": "both", "probe/*/sampled_mean": "down",
     "probe/state/text_pollution": "up", "probe/state/collapsed": "up", "probe/void_rate": "up", "probe/malformed_rate": "up", "probe/call_rate": "down",
-    "probe/entropy_mean": "both", "probe/probability_min": "down", "probe/probability_mean": "down", "probe/logit_gradient/*": "up", "probe/gap_max": "up", "grad_norm": "up", "reward": "down",
+    "reward/own": "down", "probe/entropy_mean": "both", "probe/probability_min": "down", "probe/probability_mean": "down", "probe/logit_gradient/*": "up", "probe/gap_max": "up", "grad_norm": "up", "reward": "down",
 }
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class CollapseMonitor(TrainerCallback):
         if not logs or any(k.startswith("eval_") for k in logs): return
         found = self.detectors.update(state.global_step + (self.trainer._offset if self.trainer else 0), logs)
         if not found: return
-        if self.trainer: found = [replace(a, culprits=self.trainer._watch.culprits(a.signal)) for a in found]
+        if self.trainer: found = [replace(a, culprits=gather_object(self.trainer._watch.culprits(a.signal))) for a in found]   # all processes hear the same alarms
         self.alarms += found
         warnings.warn("Collapse alarm, " + "; ".join(map(str, found[:3])), stacklevel=2)
         if state.is_world_process_zero and self.trainer and self.trainer.run_dir and self.trainer.args.trace:

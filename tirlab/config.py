@@ -77,6 +77,7 @@ class TIRConfig(PromptConfig):
     max_abandoned_tools: int = field(default=64, metadata={"help": "Tool functions that ran out of time and never came back; with more of them the run stops."})
     max_turn_length: int | None = field(default=None, metadata={"help": "Tokens of one turn of the model; None for what is left of max_completion_length."})
     answer_pattern: str | None = field(default=None, metadata={"help": "Regular expression that an answer contains, e.g. \\\\boxed; a turn with neither a call nor an answer is void. None, as TRL, takes any plain response for an answer."})
+    answer_template: str = field(default="{}", metadata={"help": "How a demonstration writes its final answer, with {} for the answer, e.g. \\\\boxed{{{}}}; answer_pattern must find an answer in it."})
     void_turns: str = field(default="stop", metadata={"help": "'stop' ends the rollout at a void turn (SimpleTIR), 'observe' tells the model and lets it go on."})
     last_turn_prompt: str | None = field(default=None, metadata={"help": "Put behind the results of the last round of calls that max_tool_calling_iterations allows, e.g. 'Answer now.'"})
     first_call_only: bool = field(default=False, metadata={"help": "End a turn at its first complete call and drop what follows; by default all calls of a turn are run, as TRL."})
@@ -134,6 +135,9 @@ def _check_values(args):
     if args.answer_pattern is not None:
         try: re.compile(args.answer_pattern)
         except re.error as e: raise ValueError(f"answer_pattern={args.answer_pattern!r} is no regular expression ({e}).") from None
+    try: said = args.answer_template.format("0")
+    except (IndexError, KeyError, ValueError): said = ""
+    if "0" not in said: raise ValueError(f"answer_template={args.answer_template!r} does not say where the answer goes; write {{}} there, and other braces twice.")
     if engine_of(args)[0] in ("generate", "continuous"):
         for name in ("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching"):
             if getattr(args, name, None): raise ValueError(f"{name}={getattr(args, name)!r} is for TRL's own sampler; use it with engine='trl' (continuous batching here is engine='continuous').")

@@ -6,7 +6,7 @@
 __all__ = ['PHASES', 'bare_forward', 'last_checkpoint', 'go_on', 'OnAlarm', 'cleared', 'Interleave']
 
 # %% ../nbs/42_interleave.ipynb #72b26cec
-import json, math, os, time, warnings
+import json, math, os, random, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,11 +15,10 @@ from typing import Any
 # %% ../nbs/42_interleave.ipynb #e3ae2301
 import pyarrow.parquet as pq
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from datasets import Dataset
 from fastcore.basics import patch
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
@@ -32,6 +31,7 @@ from .files import write_atomic
 from .lessons import Around, LessonSignal
 from .recording import recording
 from .sft_rows import sft_rows
+from .supervision import check_answers
 from .traces import open_run, trace_id
 from .trainer import TIRTrainer
 
@@ -42,11 +42,13 @@ def bare_forward(
 ):
     "Inside, the model runs as transformers made it; afterwards as before."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kept = {name: base.__dict__.pop(name) for name in ("forward", "_original_forward") if name in base.__dict__}
+    changed = ("forward", "_original_forward", "_is_accelerate_prepared")   # the last, or accelerate would not set the precision again
+    kept = [(m, {name: m.__dict__.pop(name) for name in changed if name in m.__dict__}) for m in dict.fromkeys((model, base))]
     try: yield
     finally:
-        for name in ("forward", "_original_forward"): base.__dict__.pop(name, None)
-        base.__dict__.update(kept)
+        for m, values in kept:
+            for name in changed: m.__dict__.pop(name, None)
+            m.__dict__.update(values)
 
 # %% ../nbs/42_interleave.ipynb #b0df1edc
 def _reads(path):
@@ -149,12 +151,16 @@ def _store(trainer, folder, optimizer):
     write_atomic(folder/"prompts.json", json.dumps(trainer._batches.state_dict()).encode())
     if optimizer == "kept" and trainer.optimizer: torch.save(trainer.optimizer.state_dict(), folder/"moments.pt")
 
-def _restore(trainer, out, done):
-    "Be as after the phases that are done: weights, what is known of prompts, and what is usual."
-    folder = out/done[-1]["folder"]
+def _take(trainer, folder):
+    "Be as the policy was after a phase."
     with torch.no_grad():
         own = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
         for name, value in torch.load(folder/"weights.pt", weights_only=True).items(): own[name].copy_(value)
+
+def _restore(trainer, out, done):
+    "Be as after the phases that are done: weights, what is known of prompts, and what is usual."
+    folder = out/done[-1]["folder"]
+    _take(trainer, folder)
     trainer._batches.load_state_dict(json.loads((folder/"prompts.json").read_text()))
     if (folder/"moments.pt").exists():
         trainer.create_optimizer()
@@ -199,6 +205,11 @@ def _check(plan, trainer, out, resume):
     if not hasattr(trainer.train_dataset, "__len__"): raise ValueError("Interleave finds tasks again in the dataset, which a streamed one does not allow; load it whole.")
     if _begun(out) and not resume: raise ValueError(f"{out} already holds an interleaved run; give another output_dir, or resume it.")
     if resume and not trainer.args.run_dir: raise ValueError("To resume an interleaved run, give its run folder as run_dir.")
+    if plan.reference == "reset" and trainer.args.beta and trainer.ref_model is None: raise ValueError("With adapters and beta > 0 the reference is the model without them, which cannot be reset; use Interleave(reference='kept').")
+    size = trainer.args.per_device_eval_batch_size * trainer.accelerator.num_processes
+    if isinstance(plan.rounds, OnAlarm) and size % trainer.num_generations_eval:
+        raise ValueError(f"OnAlarm evaluates, and {size} rollouts at once are no whole groups of {trainer.num_generations_eval}; set per_device_eval_batch_size to a multiple, or num_generations_eval.")
+    check_answers(trainer.args)
     if isinstance(plan.rounds, OnAlarm) and not ((monitor := _monitor(trainer)) and monitor.action == "stop"):
         raise ValueError("OnAlarm waits for a CollapseMonitor that stops RL; give the trainer callbacks=[CollapseMonitor(action='stop')].")
 
@@ -213,23 +224,28 @@ def train(
     resume = resume and (_begun(out) or bool(args.run_dir) and (Path(args.run_dir)/"meta.json").exists())   # else nothing was begun
     _check(self, trainer, out, resume)
     done = json.loads((out/PHASES).read_text()) if (out/PHASES).exists() else []
-    before = args.max_steps, args.output_dir
+    before, offset = (args.max_steps, args.output_dir), (trainer._offset, trainer._total)
     trainer._total = self.steps
-    if done: _restore(trainer, out, done)
-    if any(p["kind"] == "sft" for p in done) and self.reference == "reset": _same_reference(trainer)   # as it was when the phase began
+    if done:
+        if self.reference == "reset" and (taught := [p for p in done if p["kind"] == "sft" and p["steps"]]):   # the last that reset it
+            _take(trainer, out/taught[-1]["folder"])
+            _same_reference(trainer)
+        _restore(trainer, out, done)
+    trainer.accelerator.wait_for_everyone()   # nobody makes a folder before all have looked
     try:
         with recording(trainer, resume, training=True):
             while phase := self.next(done):
                 phase["folder"] = f"phase-{len(done):02d}-{phase['kind']}"
                 folder = out/phase["folder"]
                 folder.mkdir(parents=True, exist_ok=True)
-                set_seed(trainer.args.seed + len(done))   # TRL shuffles with the global generator, and a run that is gone on with must shuffle alike
+                if trainer.args.log_completions: (folder/"completions").mkdir(exist_ok=True)   # TRL makes it once
+                set_seed(trainer.args.seed + len(done), device_specific=True)   # TRL shuffles with the global generator, and a run that is gone on with must shuffle alike
                 trainer._offset = phase["start"] - (phase["kind"] == "sft") * trainer.state.global_step
                 done.append(self._learn(trainer, phase, folder) if phase["kind"] == "rl" else self._teach(trainer, phase, folder, [Alarm(**a) for a in done[-1]["alarms"]]))
                 _store(trainer, folder, self.optimizer)
                 if trainer.is_world_process_zero(): write_atomic(out/PHASES, json.dumps(done, indent=1).encode())
                 trainer.accelerator.wait_for_everyone()
-    finally: args.max_steps, args.output_dir = before
+    finally: (args.max_steps, args.output_dir), (trainer._offset, trainer._total) = before, offset
     return done
 
 @patch
@@ -267,7 +283,7 @@ def _gather_lessons(plan, trainer, phase, only):
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         limits = rollout_limits(trainer.args, getattr(trainer.model.config.get_text_config(), "max_position_embeddings", 2**31), bool(trainer.tools))
-        show = lambda rows: demonstrate(rows, trainer._tokenizer, *trainer._offered, trainer.args.call_format, limits,
+        show = lambda rows: demonstrate(rows, trainer._tokenizer, *trainer._offered, trainer.args.call_format, limits, trainer.args.answer_template.format,
                                            end_tokens=trainer.eos_token_ids, chat_template=trainer.chat_template, template_kwargs=trainer.chat_template_kwargs) if rows else []
         around = Around(open_run(trainer.run_dir), phase["start"], {task_name(row): row for row in trainer.train_dataset}, show, trainer._tokenizer, trainer.args.call_format, only)
         parts = [s.lessons(around) for s in plan.signals]
@@ -326,7 +342,8 @@ def _teach(self: Interleave, trainer, phase, folder, alarms):
         return phase
     phase |= self._until_clear(trainer, rows, folder, alarms) if adaptive else dict(zip(("steps", "losses"), _fit(self, trainer, rows, folder)))
     size = (_SFT | self.sft)["per_device_train_batch_size"] * (_SFT | self.sft).get("gradient_accumulation_steps", 1) * trainer.accelerator.num_processes
-    phase["tokens"] = round(phase["steps"] * min(size, len(rows)) * sum(i != -100 for labels in rows["labels"] for i in labels) / len(rows))   # learnt, counted as often as they were
+    every, (epochs, more) = sum(i != -100 for labels in rows["labels"] for i in labels), divmod(phase["steps"], math.ceil(len(rows) / size))
+    phase["tokens"] = round(every * (epochs + more * size / len(rows)))   # learnt, counted as often as they were; exact for whole epochs
     phase["seconds"] = round(time.perf_counter() - start, 2)
     if self.reference == "reset": _same_reference(trainer)
     ends = {"sft/loss_first": phase["losses"][0], "sft/loss_last": phase["losses"][-1]} if phase["losses"] else {}
@@ -339,12 +356,13 @@ def _teach(self: Interleave, trainer, phase, folder, alarms):
 def _until_clear(self: Interleave, trainer, rows, folder, alarms):
     "Teach portion by portion until the alarms clear."
     plan, only, losses = self.rounds, _behind(trainer, alarms), []
-    tasks = [i for i, row in enumerate(trainer.train_dataset) if only is None or task_name(row) in only][:plan.check] or list(range(plan.check))
+    everyone = range(len(trainer.train_dataset))
+    tasks = ([i for i in everyone if task_name(trainer.train_dataset[i]) in only] if only else random.Random(trainer.args.seed).sample(everyone, len(everyone)))[:plan.check]
     batch = max(trainer.args.per_device_eval_batch_size * trainer.accelerator.num_processes // trainer.num_generations_eval, 1)   # tasks that TRL evaluates at once; it drops what does not fill a batch
     tasks = [tasks[i % len(tasks)] for i in range(math.ceil(len(tasks) / batch) * batch)]
     for n in range(math.ceil(plan.most / plan.portion)):
-        _, new = _fit(self, trainer, rows, folder/f"portion-{n:02d}", max_steps=plan.portion, lr_scheduler_type="constant", warmup_steps=0, seed=trainer.args.seed + n)
+        _, new = _fit(self, trainer, rows, folder/f"portion-{n:02d}", max_steps=min(plan.portion, plan.most - n * plan.portion), lr_scheduler_type="constant", warmup_steps=0, seed=trainer.args.seed + n)
         losses += new
         now = trainer.evaluate(trainer.train_dataset.select(tasks))
         if clear := all(cleared(a, now) is not False for a in alarms): break
-    return dict(steps=(n + 1) * plan.portion, losses=losses, cleared=clear)
+    return dict(steps=min((n + 1) * plan.portion, plan.most), losses=losses, cleared=clear)

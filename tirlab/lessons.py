@@ -134,7 +134,7 @@ class RejectionSampling:
         around: Around,
     ) -> tuple[list[Trajectory], dict[str, int]]:
         "Successes of the window."
-        chosen = [name for m in around.met(self.window) for reward, name in sorted(zip(m.rewards, m.ids), reverse=True)[:self.per_task] if reward > self.threshold]
+        chosen = [name for m in around.met(self.window) for _, name in sorted(((r, i) for r, i in zip(m.rewards, m.ids) if r > self.threshold), reverse=True)[:self.per_task]]
         return [as_trajectory(around.run.trajectory(name)) for name in chosen], {"successes": len(chosen)}
 
 LessonSignal = ErroneousTrajectories | Reflections | DemonstrationSFT | RejectionSampling

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .interventions import clamped_loss, turn_states
 from .recording import step_on_record
 from .signals import extra_loss, kept_advantages
+from .trajectory import StopReason, Trajectory
 from .supervision import AuxiliarySFT, lesson_tensors, token_weights_of
 
 # %% ../nbs/40g_objective.ipynb #31a93253
@@ -87,16 +88,21 @@ def _extra_loss(self: Objective, inputs, mask):
 # %% ../nbs/40g_objective.ipynb #5eb5c248
 @patch
 def _lesson_loss(self: Objective, model):
-    "The supervised term: mean negative log-likelihood, nats a token, of this part of the batch's lessons, weighed; nothing in evaluation."
+    "The supervised term: this part's share of the mean negative log-likelihood of the batch's lessons, nats a token, weighed; nothing in evaluation."
     signal = next((s for s in self.supervision if isinstance(s, AuxiliarySFT)), None)
     weight = signal.at(self._done()) if signal else 0.0
-    lessons = self._lessons[self._step % self.args.steps_per_generation::self.args.steps_per_generation] if self.model.training and weight else []
-    if not lessons: return 0.0
-    ids, seen, learnt = (x.to(self.accelerator.device) for x in lesson_tensors(lessons, self._tokenizer.pad_token_id))
+    if not (self.model.training and weight): return 0.0
+    parts = self.args.steps_per_generation
+    lessons = self._lessons[self._step % parts::parts]
+    if not any(gather_object([bool(lessons)])): return 0.0
+    shown = lessons or [Trajectory([self._tokenizer.pad_token_id] * 2, [], StopReason.FAILED)]   # a process without lessons must run the model as often as the others
+    ids, seen, learnt = (x.to(self.accelerator.device) for x in lesson_tensors(shown, self._tokenizer.pad_token_id))
     logp = super(Objective, self)._get_per_token_logps_and_entropies(model, ids, seen, ids.shape[1] - 1)[0]
-    loss, self._signal = -(logp * learnt[:, 1:]).sum() / learnt[:, 1:].sum(), True
-    for name, value in (("loss", loss.item()), ("tokens", learnt.sum().item()), ("weight", weight)): self._metrics["train"][f"supervision/sft_{name}"].append(value)
-    return weight * loss / self.current_gradient_accumulation_steps
+    loss, every = -(logp * learnt[:, 1:]).sum(), sum(sum(t.mask) for t in self._lessons)
+    if lessons:
+        self._signal, tokens = True, learnt.sum().item()
+        for name, value in (("loss", loss.item() / tokens), ("tokens", tokens), ("weight", weight)): self._metrics["train"][f"supervision/sft_{name}"].append(value)
+    return weight * loss / max(every, 1) * parts / self.current_gradient_accumulation_steps
 
 # %% ../nbs/40g_objective.ipynb #5a9e6adb
 @patch

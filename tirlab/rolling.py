@@ -56,7 +56,7 @@ def _noise(self: Rolling, n):
 def _known(batch, ids):
     "Log-probabilities of all rows, None in those that have none, which TRL takes for a ratio of 1; None where no row has any."
     logprobs = [t.logprobs if t.turns else [0.0] for t in batch]
-    if all(p is None for p in logprobs): return None
+    if all(p is None for p in logprobs) and all(t.own for t in batch): return None   # the engine gives none; else all processes have the column
     return [[None] * len(i) if p is None else list(p) for p, i in zip(logprobs, ids)]
 
 def _as_learnt(t, prompt, maker, hint):
@@ -93,7 +93,7 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
     if self.engine_name == "trl": engine = trl_engine(sample, num_generations, self.eos_token_ids, together)
     else: engine = self._sampler = self._sampler or make_engine(self)
     limits, plan = rollout_limits(self.args, context, bool(self.tools)), Plan([None] * n, {}, {})
-    if self.supervision and mode == "train": plan = make_plan(self.supervision, self._inputs, self._formats(n), limits, first, num_generations, self._done(), noise)
+    if self.supervision and mode == "train": plan = make_plan(self.supervision, self._inputs, self._formats(n), limits, self.args.answer_template.format, first, num_generations, self._done(), noise)
     version = self._round * 10**9 + self.state.global_step   # steps are counted from 0 in every `train`
     with gathered(self), engine.ready(version):
         self._canary.ask(engine, min(prompt_ids, key=len), version)

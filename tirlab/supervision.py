@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Signal', 'OffPolicy', 'token_weights_of', 'Hints', 'hint_share', 'hint_lines', 'hint_text', 'hinted', 'AuxiliarySFT',
-           'makers', 'check_supervision', 'Plan', 'make_plan', 'lesson_tensors']
+           'makers', 'check_supervision', 'check_answers', 'Plan', 'make_plan', 'lesson_tensors']
 
 # %% ../nbs/40h_supervision.ipynb #5ce52ec5
-import math, random
+import math, random, re
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -108,7 +108,7 @@ def hinted(
 # %% ../nbs/40h_supervision.ipynb #1f56da66
 @dataclass(frozen=True)
 class AuxiliarySFT:
-    "The negative log-likelihood of the batch's tasks solved, in nats a token, added to the policy's loss."
+    "The negative log-likelihood of the batch's tasks solved, in nats a token, added to the policy's loss; of the policy as it samples, its temperature included."
     weight: float = 0.1        # of the term
     until: float | None = None   # share of the run after which it is 0, falling linearly from the start; None keeps it
 
@@ -156,7 +156,17 @@ def check_supervision(
     if made and engine == "trl": raise ValueError("OffPolicy and Hints need an engine that takes single requests, and engine='trl' samples whole groups; choose another engine.")
     if any(isinstance(s, OffPolicy) and s.importance for s in signals) and (args.loss_type == "vespo" or args.off_policy_mask_threshold is not None):
         raise ValueError("OffPolicy(importance=True) weighs tokens, and loss_type='vespo' and off_policy_mask_threshold weigh whole rows; drop one of them.")
+    if any(isinstance(s, OffPolicy) and s.importance for s in signals) and args.importance_sampling_level != "token":
+        raise ValueError(f"OffPolicy(importance=True) weighs tokens, and importance_sampling_level={args.importance_sampling_level!r} gives all tokens of a row the same ratio; leave it at 'token'.")
+    check_answers(args)
     _check_rows(signals, dataset, context, tokenizer)
+
+def check_answers(
+    args: TIRConfig,   # answer_pattern, answer_template
+) -> None:
+    "Raises: ValueError where the answer of a demonstration would not count as one."
+    if args.answer_pattern and not re.search(args.answer_pattern, args.answer_template.format("0")):
+        raise ValueError(f"No demonstration would count as an answer: answer_pattern={args.answer_pattern!r} finds nothing in answer_template={args.answer_template!r}; set the template.")
 
 def _check_rows(signals, dataset, context, tokenizer):
     "Raise ValueError where a row cannot be shown or told."
@@ -166,6 +176,7 @@ def _check_rows(signals, dataset, context, tokenizer):
     if shown and have and "ground_truth" not in have:
         raise ValueError(f"The dataset has no column `ground_truth`, from which {shown[0]} knows the right calls; it has {', '.join(have)}. Add it: a list of calls a row, each as JSON.")
     if not (shown or hints) or not hasattr(dataset, "__len__"): return
+    if hints and not isinstance(next(iter(dataset), {}).get("prompt", []), list): raise ValueError("Hints go into a conversation, and the prompts of this dataset are plain text; make them lists of messages.")
     longest = ""
     for row in dataset:
         if shown: truth(row)
@@ -186,6 +197,7 @@ def make_plan(
     rows: list[dict],         # n rows of the dataset
     formats: list,            # n, how calls are written
     limits: RolloutLimits,    # of a rollout
+    write: Callable[[str], str],   # final answer to the last turn of a demonstration
     first: int,               # number of the first row among those of the step, all processes'
     size: int,                # of a group
     done: float,              # share of the run that is over
@@ -194,7 +206,7 @@ def make_plan(
     "Decide for each row who makes it, and with what."
     by, hints, own = makers(signals, first, len(rows), size), {}, {}
     for i, (s, row, format) in enumerate(zip(by, rows, formats)):
-        if isinstance(s, OffPolicy): own[i] = Demonstrator(*truth(row), format, limits)
+        if isinstance(s, OffPolicy): own[i] = Demonstrator(*truth(row), format, limits, write)
         if isinstance(s, Hints):
             share = hint_share((first + i) % size, size, done, s.midpoint, s.steepness) if s.decay else 1.0
             if text := hint_text(hint_lines(s, row, format.syntax), share, (*seed, "hint", first + i)): hints[i] = text

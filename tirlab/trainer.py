@@ -219,7 +219,8 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     if self.bounds: output["states"] = turn_states(self._batch, output["completion_ids"].shape[1], self.bounds).to(output["completion_mask"].device)
     if self._filled:   # TRL reset the environments once more
         for environment in self.environments or []: getattr(environment, "_close", lambda: None)()
-    if self._batches and self.model.training and not self._filled: self._batches.learn(total_rewards(self._rewards, self.reward_weights))
+    if self._batches and self.model.training and not self._filled: self._batches.learn(total_rewards(self._rewards, self.reward_weights), gather_object([t.own for t in self._batch]))
+    if self.supervision and self.model.training: self._log_own()
     failed = torch.tensor([not t.turns for t in self._batch], device=output["completion_mask"].device)
     if "tool_mask" not in output and any(gather_object([failed.any().item()])):   # a placeholder is no token to learn; with tools its mask is 0 already
         self._keep_only(output, ~failed[:, None])
@@ -253,11 +254,17 @@ def _show(self: TIRTrainer, rows):
     tasks = {task_name(row): row for row in rows}
     if new := [name for name in tasks if name not in self._shown]:
         limits = rollout_limits(self.args, getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31), bool(self.tools))
-        self._shown |= zip(new, demonstrate([tasks[name] for name in new], self._tokenizer, *self._offered, self.args.call_format, limits,
+        self._shown |= zip(new, demonstrate([tasks[name] for name in new], self._tokenizer, *self._offered, self.args.call_format, limits, self.args.answer_template.format,
                                               end_tokens=self.eos_token_ids, chat_template=self.chat_template, template_kwargs=self.chat_template_kwargs))
     return [self._shown[name] for name in tasks if is_whole(self._shown[name])]
 
 # %% ../nbs/41_trainer.ipynb #069dafa1
+@patch
+def _log_own(self: TIRTrainer):
+    "What the policy earned by itself: the rewards of rollouts that were neither shown nor told nor remembered."
+    own = torch.tensor(gather_object([t.own for t in self._batch]), device=self._rewards.device)
+    if own.any(): self._metrics["train"]["reward/own"].append(total_rewards(self._rewards, self.reward_weights)[own].nanmean().item())
+
 @patch
 def _level(self: TIRTrainer, by_turn, output):
     "Advantages by turn, exactly 0, in the batch too, where all of a group earned the same."
@@ -351,9 +358,14 @@ def evaluate(self: TIRTrainer, *args, **kwargs):
 
 @patch
 def _get_train_sampler(self: TIRTrainer, *args, **kwargs):
-    "TRL's; a later round draws other prompts than the first."
+    "TRL's, whose epochs are found again by a run that goes on from a checkpoint; a later round draws other prompts than the first."
     sampler = super(TIRTrainer, self)._get_train_sampler(*args, **kwargs)
-    if self._offset and getattr(sampler, "shuffle", False): sampler.generator.manual_seed(self.args.seed + self._offset)
+    if not getattr(sampler, "shuffle", False): return sampler
+    def set_epoch(epoch):
+        sampler.generator.manual_seed(self.args.seed + self._offset)
+        for _ in range(epoch): torch.randperm(sampler.num_samples, generator=sampler.generator)   # TRL's order, also for who comes later
+    set_epoch(0)
+    sampler.set_epoch = set_epoch
     return sampler
 
 @patch

@@ -78,6 +78,11 @@ class Trajectory:
     hint: str | None = None    # what the policy was told when it was sampled, and is not told when it learns
 
     @property
+    def own(self) -> bool:
+        "Whether the policy made it by itself, neither shown nor told nor remembered."
+        return self.origin == "sampled"
+
+    @property
     def completion_ids(self) -> list[int]:
         "(T,) all tokens after the prompt: turns and observations in order."
         return [i for t in self.turns for i in t.ids + t.observation_ids]

@@ -7,6 +7,7 @@ __all__ = ['make_probe', 'Watch']
 
 # %% ../nbs/40e_watching.ipynb #e7f8f1b9
 import warnings
+from dataclasses import fields, replace
 from contextlib import nullcontext
 from typing import Any, Callable, ContextManager
 
@@ -70,7 +71,12 @@ class Watch:
         heard, self._heard = self._heard, []
         if not self.probe: return {}
         rows, seen, answered = [t for _, part, _ in heard for t in part], joined([s for *_, s in heard]), has_answer(self.args.answer_pattern)
-        self._last = rows, [n for names, *_ in heard for n in names], seen
+        names, own = [n for names, *_ in heard for n in names], [i for i, t in enumerate(rows) if t.own]   # what was shown or told is not what the policy does
+        if len(own) < len(rows):
+            rows, names = [rows[i] for i in own], [names[i] for i in own]
+            seen = replace(seen, **{f.name: getattr(seen, f.name)[own] for f in fields(seen) if f.name != "tokens"})
+        self._last = rows, names, seen
+        if not rows: return merged(gather([{}]))
         return merged(gather([step_signals(rows, seen, self.probe.tokens, self.end, answered)]))
 
     def culprits(self,
