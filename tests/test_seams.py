@@ -20,6 +20,7 @@ SEAMS = {
     "_generate": ["self", "prompts"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_get_train_sampler": ["self", "dataset"],
     "log": ["self", "logs", "start_time"],
 }
 READ = {   # attributes that TRL sets and tirlab reads -> the method that sets them
