@@ -39,6 +39,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 @pytest.fixture(scope="module")
 def raw_server():
     server = sandbox._start("process", "bare")
+    assert ask(server, "1") == b"1\n"   # it is up, with all the files it keeps open
     yield server
     sandbox._stop(server)
 

@@ -158,10 +158,10 @@ def test_lessons_that_are_fewer_than_the_parts_of_a_batch_weigh_as_much(tmp_path
     batch(t, (0,) * 2)
     t.current_gradient_accumulation_steps, sums = 4, 0.0
     assert len(t._lessons) == 1
-    for t._step in range(4): sums += t._lesson_loss(t.model)
+    for t._step in range(4): sums += getattr(t._lesson_loss(t.model), 'item', lambda: 0.0)()
     ids, seen, learnt = lesson_tensors(t._lessons, TOK.pad_token_id)
     logits = t.model(ids, attention_mask=seen).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    assert float(sums) == pytest.approx(-(logits * learnt[:, 1:]).sum().item() / learnt[:, 1:].sum().item(), rel=1e-4)
+    assert sums == pytest.approx(-(logits * learnt[:, 1:]).sum().item() / learnt[:, 1:].sum().item(), rel=1e-4)
 
 
 def test_what_is_shown_and_told_is_not_what_the_policy_does(tmp_path):
