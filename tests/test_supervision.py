@@ -182,6 +182,27 @@ def test_a_process_whose_rows_were_all_shown_has_the_column_of_the_others(tmp_pa
     assert _known(own, [x.completion_ids for x in own]) == [x.logprobs for x in own]
 
 
+def test_an_engine_that_gives_no_log_probabilities_gives_none_beside_a_remembered_row(tmp_path):
+    "What is the policy's own says whether the engine gives any; every process must say the same."
+    from dataclasses import replace
+    from tirlab.rolling import _known
+    t = trainer(tmp_path, trace=False)
+    batch(t)
+    silent = [replace(x, turns=[replace(u, logprobs=None) for u in x.turns]) for x in t._batch]
+    ids = [x.completion_ids for x in silent]
+    assert _known(silent, ids) is None and _known([replace(silent[0], origin="replay"), *silent[1:]], ids) is None
+
+
+@pytest.mark.parametrize("supervision", [None, [OffPolicy(1)]])
+def test_an_engine_that_takes_less_than_the_model_is_not_asked_for_more(tmp_path, supervision):
+    t = trainer(tmp_path, supervision, trace=False)
+    t._sampler = tirlab.rolling.make_engine(t)
+    room = 12 + len(TOK.apply_chat_template(TASKS[0]["prompt"], add_generation_prompt=True, return_dict=False, tools=t._env_tools[TASKS[0]["environment"]]))
+    t._sampler.context_tokens = room
+    batch(t, (0, 0))
+    assert all(len(x.prompt_ids) + len(x.completion_ids) <= room for x in t._batch) and any(x.stop == "context" for x in t._batch)
+
+
 def test_answers_are_written_as_the_pattern_wants_them(tmp_path):
     t = trainer(tmp_path, [OffPolicy(1), AuxiliarySFT()], trace=False, answer_pattern=r"\\boxed", answer_template=r"\boxed{{{}}}", void_filter="trajectory")
     out = batch(t)

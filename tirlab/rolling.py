@@ -56,7 +56,7 @@ def _noise(self: Rolling, n):
 def _known(batch, ids):
     "Log-probabilities of all rows, None in those that have none, which TRL takes for a ratio of 1; None where no row has any."
     logprobs = [t.logprobs if t.turns else [0.0] for t in batch]
-    if all(p is None for p in logprobs) and all(t.own for t in batch): return None   # the engine gives none; else all processes have the column
+    if all(p is None for p in logprobs) and any(t.own for t in batch): return None   # the engine gives none; where nothing is the policy's own, other processes may have the column
     return [[None] * len(i) if p is None else list(p) for p, i in zip(logprobs, ids)]
 
 def _as_learnt(t, prompt, maker, hint):
@@ -85,6 +85,7 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
         return self._first_turns()
     if images or multimodal_fields: raise ValueError("TIRTrainer is for text; use TRL's GRPOTrainer for prompts with images.")
     colocated, n, clock = self.use_vllm and self.vllm_mode == "colocate", len(prompt_ids), {}
+    formats = self._formats(n)
     context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
     tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * n
     (noise, first), mode = self._noise(n), "train" if self.model.training else "eval"   # asked before the model leaves training mode
@@ -92,13 +93,13 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
     if self.use_vllm and self.accelerator.num_processes > 1: together = gather_object
     if self.engine_name == "trl": engine = trl_engine(sample, num_generations, self.eos_token_ids, together)
     else: engine = self._sampler = self._sampler or make_engine(self)
-    limits, plan = rollout_limits(self.args, context, bool(self.tools)), Plan([None] * n, {}, {})
-    if self.supervision and mode == "train": plan = make_plan(self.supervision, self._inputs, self._formats(n), limits, self.args.answer_template.format, first, num_generations, self._done(), noise)
     version = self._round * 10**9 + self.state.global_step   # steps are counted from 0 in every `train`
     with gathered(self), engine.ready(version):
         self._canary.ask(engine, min(prompt_ids, key=len), version)
         context = min(context, getattr(engine, "context_tokens", None) or context)   # servers may take less than the model
-        batch = rollouts(self._with_hints(prompt_ids, plan.hints), engine, tools, self._formats(n), limits, sampling_of(self.args),
+        limits, plan = rollout_limits(self.args, context, bool(self.tools)), Plan([None] * n, {}, {})
+        if self.supervision and mode == "train": plan = make_plan(self.supervision, self._inputs, formats, limits, self.args.answer_template.format, first, num_generations, self._done(), noise)
+        batch = rollouts(self._with_hints(prompt_ids, plan.hints), engine, tools, formats, limits, sampling_of(self.args),
                                noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock, self.environments, self._renew_environment if self.environments else None, plan.own)
         if self.engine_name == "trl" and together: keep_up(sample, prompt_ids[0], together)
     self._batch = [_as_learnt(t, prompt, maker, plan.hints.get(i)) for i, (t, prompt, maker) in enumerate(zip(batch, prompt_ids, plan.makers))]
