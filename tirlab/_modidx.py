@@ -824,6 +824,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'tirlab.rows._mean': ('rows.html#_mean', 'tirlab/rows.py'),
                              'tirlab.rows._settle': ('rows.html#_settle', 'tirlab/rows.py'),
                              'tirlab.rows.aggregates': ('rows.html#aggregates', 'tirlab/rows.py'),
+                             'tirlab.rows.control_aggregates': ('rows.html#control_aggregates', 'tirlab/rows.py'),
                              'tirlab.rows.index_line': ('rows.html#index_line', 'tirlab/rows.py'),
                              'tirlab.rows.preview': ('rows.html#preview', 'tirlab/rows.py'),
                              'tirlab.rows.prompt_preview': ('rows.html#prompt_preview', 'tirlab/rows.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'TOKENS', 'ROWS_PER_GROUP', 'SCHEMA', 'TraceRow', 'trace_id', 'to_table', 'write_parquet', 'read_row',
-           'aggregates', 'preview', 'prompt_preview', 'index_line']
+           'aggregates', 'control_aggregates', 'preview', 'prompt_preview', 'index_line']
 
 # %% ../nbs/30b_rows.ipynb #740dbe0c
 import os, re
@@ -165,6 +165,22 @@ def aggregates(
     return {"tokens": len(row.ids), "model_tokens": int(wrote.sum()), "prompt_tokens": len(row.prompt_ids), "turns": len(row.turn_kinds),
             "min_logprob": round(float(lowest.min()), 6) if len(lowest) else None, **means}
 
+# %% ../nbs/30b_rows.ipynb #1ccf9914
+_short = lambda p: float(f"{p:.4g}")   # four digits: lines of the index are many
+
+def control_aggregates(
+    row: TraceRow,            # one trajectory
+    names: tuple | list = (), # texts of its K control tokens, in the order of `row.control`
+) -> dict:                    # control_mean: K probabilities; control_peak: K pairs of probability and position, or null. Both None where nothing was probed
+    "How likely control tokens were where the model wrote: on average, and at most where another token was written."
+    at = np.flatnonzero((row.mask == 1) & ~np.isnan(row.control).all(1))
+    if not len(at): return {"control_mean": None, "control_peak": None}
+    p, text = np.exp(row.control[at].astype("float32")).T, np.array(row.text, object)[at]
+    elsewhere = [~np.isnan(x) & (text != name) for x, name in zip(p, names if len(names) == len(p) else [None] * len(p))]
+    peaks = [np.where(there, x, -1).argmax() if there.any() else None for x, there in zip(p, elsewhere)]
+    return {"control_mean": [_short(np.nanmean(x)) if (x == x).any() else None for x in p],
+            "control_peak": [None if i is None else [_short(x[i]), int(at[i])] for x, i in zip(p, peaks)]}
+
 # %% ../nbs/30b_rows.ipynb #3a1641d9
 _TAG = r"(?:<[^<>\s]{1,40}>|\[/?INST\])"
 _USER = re.compile(rf"(?:{_TAG}\s*user\s*(?:{_TAG})?|<start_of_turn>user|\[INST\])(.*?)(?={_TAG}|$)", re.DOTALL)
@@ -192,10 +208,11 @@ def index_line(
     row: TraceRow,   # one trajectory
     file: str,       # name of its Parquet file in `tokens/`
     number: int,     # its row in that file, from 0
+    control: tuple | list = (),   # texts of the probed control tokens
 ) -> dict:
     "The line of the index that stands for a trajectory."
     wrote = row.mask == 1
     last = "".join(row.text[i] for i in np.flatnonzero(wrote & (row.turn == row.turn[wrote].max()))) if wrote.any() else ""
     kept = {name: getattr(row, name) for name in _AS_THEY_ARE}
     shown = {"prompt": prompt_preview("".join(row.prompt_text)), "last_turn": preview(last), "answer": row.answer and preview(row.answer)}
-    return plain(kept | aggregates(row) | shown | {"file": file, "row": number})
+    return plain(kept | aggregates(row) | control_aggregates(row, control) | shown | {"file": file, "row": number})

@@ -76,7 +76,7 @@ class RunWriter:
         resume: bool = False,   # go on with the run that is there, if there is one
     ):
         self.path, self.rank, self._beaten, self._last = Path(path), rank, -math.inf, (None, set())
-        self.tokens = self.path/"tokens"
+        self.tokens, self.control = self.path/"tokens", meta.get("probed_tokens") or meta.get("control_tokens") or []
         if rank: return
         old, now = check_folder(self.path, resume), time.time()
         self.meta = plain({"format": FORMAT, "schema_version": VERSION} | meta | {"created": old.get("created", now),
@@ -134,7 +134,7 @@ def write_tokens(
     self.tokens.mkdir(parents=True, exist_ok=True)
     write_parquet(file, rows)
     self._last = step, seen
-    return [index_line(r, file.name, i) for i, r in enumerate(rows)]
+    return [index_line(r, file.name, i, self.control) for i, r in enumerate(rows)]
 
 # %% ../nbs/31_traces.ipynb #5c41b6e8
 @patch
@@ -174,7 +174,7 @@ def close(
 _TEXT = ("id", "phase", "split", "origin", "task", "dropped", "environment", "stop", "prompt", "last_turn", "answer", "file")
 _NUMBERS = ("step", "scored_at", "iteration", "rank", "group", "reward", "calls", "failed_calls", "tool_seconds", "tokens", "model_tokens",
             "prompt_tokens", "turns", "min_logprob", "mean_logprob", "mean_entropy", "mean_sampling_logprob", "mean_advantage", "row")
-INDEX_COLUMNS = [*_TEXT, *_NUMBERS, "rewards", "turn_kinds"]
+INDEX_COLUMNS = [*_TEXT, *_NUMBERS, "rewards", "turn_kinds", "control_mean", "control_peak"]
 
 def _numbers(frame: pd.DataFrame, names) -> pd.DataFrame:
     "The frame with these columns as numbers, NaN where a value is missing or none."
