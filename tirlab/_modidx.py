@@ -635,6 +635,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'tirlab.plots': { 'tirlab.plots.Scale': ('plots.html#scale', 'tirlab/plots.py'),
                               'tirlab.plots._curve': ('plots.html#_curve', 'tirlab/plots.py'),
                               'tirlab.plots._draw': ('plots.html#_draw', 'tirlab/plots.py'),
+                              'tirlab.plots._lean': ('plots.html#_lean', 'tirlab/plots.py'),
                               'tirlab.plots._number': ('plots.html#_number', 'tirlab/plots.py'),
                               'tirlab.plots._span': ('plots.html#_span', 'tirlab/plots.py'),
                               'tirlab.plots._tag': ('plots.html#_tag', 'tirlab/plots.py'),
