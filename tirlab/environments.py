@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['observe', 'PythonEnvironment', 'python_environment', 'isolation_of', 'LookupEnvironment', 'BookingEnvironment',
-           'environment_tools', 'check_tool']
+           'environment_tools', 'offered', 'check_tool']
 
 # %% ../nbs/03_environments.ipynb #7438d75f
 import inspect, json
@@ -142,10 +142,17 @@ def environment_tools(
     environment: object | None,                # instance with public methods, or None
     tools: list[Callable] | None = None,       # standalone functions
 ) -> dict[str, Callable]:                      # name -> callable
-    "Tools of one rollout by name: standalone functions and the environment's public methods, as TRL collects them."
+    "Tools of one rollout by name: standalone functions and the environment's public methods, as TRL collects them, or what its `_tools` lists."
     members = inspect.getmembers(type(environment), predicate=inspect.isfunction) if environment is not None else []
     methods = [getattr(environment, n) for n, _ in members if n not in ("reset", "get_reward") and not n.startswith("_")]
-    return {t.__name__: t for t in list(tools or []) + methods}
+    own = environment._tools() if hasattr(environment, "_tools") else methods
+    return {t.__name__: t for t in list(tools or []) + own}
+
+def offered(
+    tools: dict[str, Callable],   # name -> callable
+) -> list[Callable]:              # those that a prompt names
+    "Tools that the model is told of from the start; those that are `held_out` can be run, and are described later or never."
+    return [t for t in tools.values() if not getattr(t, "held_out", False)]
 
 # %% ../nbs/03_environments.ipynb #4b0c0aaf
 def check_tool(

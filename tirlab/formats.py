@@ -179,6 +179,15 @@ class ChatFormat:
         "Tokens that bring results back to the model; where the turn has not `ended`, its missing end comes first."
         return observation_ids(self.tokenizer, results, self.chat_template, ended, self.end_tokens, **self.template_kwargs)
 
+    def _render(self, messages, more):
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, add_generation_prompt=more,
+                                                  return_dict=False, **self.template_kwargs)
+
+    def reply(self, text: str, ended: bool = True) -> list[int]:
+        "Tokens of what the user says next, assistant header included; where the turn has not `ended`, its missing end comes first."
+        before = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "dummy"}]
+        return _suffix(self._render, before, [*before, {"role": "user", "content": text}], self.tokenizer, self.end_tokens, ended)
+
     def cut(self, ids: list[int]) -> list[int]:
         "A turn up to the end of its first complete call."
         return cut_after_call(ids, self)
@@ -237,15 +246,12 @@ class TextFormat:
     end_tokens: list[int] | None = None        # tokens that end a turn; None for the tokenizer's end-of-sequence token alone
 
     ends, cut, control_ids, stop_strings, goes_on = ChatFormat.ends, ChatFormat.cut, ChatFormat.control_ids, ChatFormat.stop_strings, ChatFormat.goes_on
+    reply, _render = ChatFormat.reply, ChatFormat._render
 
     @property
     def syntax(self) -> str:
         "How calls are written."
         return self.name
-
-    def _render(self, messages, more):
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, add_generation_prompt=more,
-                                                  return_dict=False, **self.template_kwargs)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         "Prompt tokens of a conversation, description of the tools and assistant header included."
@@ -266,9 +272,7 @@ class TextFormat:
 
     def observe(self, results: list[ToolResult], ended: bool = True) -> list[int]:
         "Tokens that bring results back to the model; where the turn has not `ended`, its missing end comes first."
-        before = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "dummy"}]
-        after = before + [{"role": "user", "content": _answers([r.content for r in results])}]
-        return _suffix(self._render, before, after, self.tokenizer, self.end_tokens, ended)
+        return self.reply(_answers([r.content for r in results]), ended)
 
 # %% ../nbs/01_formats.ipynb #b9833d13
 _SCHEMAS = WeakKeyDictionary()   # function -> its name, its text, JSON schema
@@ -276,9 +280,10 @@ _SCHEMAS = WeakKeyDictionary()   # function -> its name, its text, JSON schema
 def tool_schemas(
     tools: list,     # functions, or JSON schemas already
 ) -> list[dict]:     # JSON schemas
-    "JSON schemas as transformers makes them; each function's is made once, since that takes as long as parsing a turn."
+    "JSON schemas as transformers makes them, or as a tool's own `json_schema` says; each function's is made once, since that takes as long as parsing a turn."
     from transformers.utils import get_json_schema
     def schema(tool):
+        if hasattr(tool, "json_schema"): return tool.json_schema
         function, said = getattr(tool, "__func__", tool), (getattr(tool, "__name__", None), tool.__doc__)   # a method is made anew at every look
         try: known = _SCHEMAS.get(function)
         except TypeError: return get_json_schema(tool)   # cannot be referred to weakly

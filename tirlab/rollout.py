@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 # %% ../nbs/11_rollout.ipynb #a08f18b1
 from .calls import RolloutLimits, run_calls, told
 from .engines import EngineError, Sampled, Sampling, noise_seed
-from .environments import environment_tools
-from .formats import ChatFormat, make_format
+from .environments import environment_tools, offered
+from .formats import ChatFormat, make_format, tool_schemas
 from .executions import SandboxFault, cut_middle
 from .trajectory import StopReason, ToolError, ToolResult, Trajectory, Turn, TurnKind
 
@@ -72,18 +72,21 @@ def _read(sampled, ids, format, limits, room, seconds):
     return _Read(partial(Turn, new, message, kind, calls, logprobs=logprobs, seconds=seconds), calls, broken, void, size, ended, format.ends(new))
 
 # %% ../nbs/11_rollout.ipynb #e36fffd9
+def _asked(row, more):
+    "Messages of a row, with what its environment has to say behind the last."
+    messages = list(row["prompt"])
+    if more: messages[-1] = messages[-1] | {"content": messages[-1]["content"] + more}
+    return messages
+
 def open_task(
     task: dict | list[int],   # a dataset row with `prompt`, or rendered prompt tokens
     environment: Any,         # instance with public methods (and perhaps `reset`), dict of tools by name, or None
     format: ChatFormat,       # renders the prompt
 ) -> tuple[list[int], dict[str, Callable]]:   # prompt tokens; tools by name
     "Reset the environment for a row and render its prompt; what `reset` returns is put behind the last user message, as TRL does."
+    more = environment.reset(**task) if isinstance(task, dict) and hasattr(environment, "reset") else None
     tools = environment if isinstance(environment, dict) else environment_tools(environment)
-    if not isinstance(task, dict): return list(task), tools
-    more = environment.reset(**task) if hasattr(environment, "reset") else None
-    messages = list(task["prompt"])
-    if more: messages[-1] = messages[-1] | {"content": messages[-1]["content"] + more}
-    return format.prompt(messages), tools
+    return format.prompt(_asked(task, more)) if isinstance(task, dict) else list(task), tools
 
 # %% ../nbs/11_rollout.ipynb #41e1678e
 def open_row(
@@ -102,10 +105,12 @@ def open_row(
         raise ValueError(f"The column `environment` says {row.get('environment')!r}; it must name one of {', '.join(map(str, environment_factory))}.")
     factory = environment_factory[row["environment"]] if many else environment_factory
     environment = factory() if factory else None
-    named = environment_tools(environment, tools)
-    format = make_format(call_format, tokenizer, list(named.values()), chat_template, template_kwargs, end_tokens)
     row = {k: v for k, v in row.items() if not (many and k == "environment")}
-    return open_task(row, environment, format)[0], named, format, environment, lambda: hasattr(environment, "reset") and environment.reset(**row)
+    reset = lambda: environment.reset(**row) if hasattr(environment, "reset") else None
+    more = reset()   # what the tools are may depend on the row
+    named = environment_tools(environment, tools)
+    format = make_format(call_format, tokenizer, offered(named), chat_template, template_kwargs, end_tokens)
+    return format.prompt(_asked(row, more)), named, format, environment, reset
 
 # %% ../nbs/11_rollout.ipynb #0d0c029f
 async def _one_turn(engine, ids, sampling, format, noise):
@@ -129,6 +134,16 @@ def _closing(environment):
     finally: getattr(environment, "_close", lambda: None)()
 
 # %% ../nbs/11_rollout.ipynb #423efa34
+def _reply(environment, now):
+    "What the user says to an answer, and tools that come with it; None where the conversation is over."
+    says = getattr(environment, "_reply", None)
+    return says and says(now.turn().message.get("content") or "")
+
+def _with_tools(format, more):
+    "A format that knows further tools."
+    return replace(format, tools=[*format.tools, *(tool_schemas(more) if isinstance(format, ChatFormat) else more)]) if more else format
+
+# %% ../nbs/11_rollout.ipynb #9492f631
 _SANDBOX = "sandbox: "   # how the reason of a rollout begins whose sandbox failed
 
 async def rollout(
@@ -142,11 +157,13 @@ async def rollout(
     slots: asyncio.Semaphore | None = None,          # how many plain functions run at once; None: one after another, here
     loop: asyncio.AbstractEventLoop | None = None,   # event loop of coroutine tools
     busy: "Busy | None" = None,      # keeps the time in which tools are at work
+    owner: Any = None,               # the environment behind a dict of tools, which may have more to say
 ) -> Trajectory:                     # what happened; placeholder with stop FAILED and what the engine said where it failed
-    "Roll one task out until the model answers or a limit is reached."
+    "Roll one task out until the model has answered, and nobody asks further, or a limit is reached."
     prompt, tools = open_task(task, environment, format)
     ids, turns, rounds = list(prompt), [], 0
     done = lambda stop, *last: Trajectory(prompt, turns + list(last), stop)
+    owner = environment if owner is None else owner
     sampling = replace(sampling, stop=format.stop_strings if limits.first_call_only else sampling.stop)
     with _closing(environment):
         while True:
@@ -158,10 +175,19 @@ async def rollout(
             except EngineError as e: return Trajectory(prompt, [], StopReason.FAILED, str(e))   # nothing half-received is kept
             now = _read(sampled, ids, format, limits, room, time.perf_counter() - start)
             if now is None: return done(StopReason.LENGTH if turns else StopReason.FAILED)
-            if now.broken and limits.malformed == "stop": return done(StopReason.MALFORMED, now.turn())
             if now.void and limits.void == "stop": return done(StopReason.VOID, now.turn())
-            full = StopReason.LENGTH if len(ids) + now.size < limits.context_tokens else StopReason.CONTEXT
-            if not (now.calls or now.broken or now.void): return done(StopReason.ANSWER if now.ended else full, now.turn())
+            full, said = StopReason.LENGTH if len(ids) + now.size < limits.context_tokens else StopReason.CONTEXT, None
+            if now.broken and limits.malformed == "stop": said = StopReason.MALFORMED
+            elif not (now.calls or now.broken or now.void): said = StopReason.ANSWER if now.ended else full
+            if said:
+                reply = _reply(owner, now) if said in (StopReason.ANSWER, StopReason.MALFORMED) else None
+                if reply is None: return done(said, now.turn())
+                asked = format.reply(reply[0], now.marked)
+                if len(asked) > room - now.size: return done(StopReason.LENGTH, now.turn())
+                if len(ids) + now.size + len(asked) >= limits.context_tokens: return done(StopReason.CONTEXT, now.turn())
+                turns, format = turns + [now.turn(observation_ids=asked, reply=reply[0])], _with_tools(format, reply[1])
+                ids = ids + turns[-1].ids + asked
+                continue
             if limits.tool_rounds is not None and rounds >= limits.tool_rounds: return done(StopReason.MAX_TURNS, now.turn())
             if now.calls:
                 try:
@@ -277,7 +303,7 @@ def rollouts(
     workers: int = 32,                # tools running at once; 1 runs them one after another in this thread, as TRL does
     loop: asyncio.AbstractEventLoop | None = None,   # event loop of coroutine tools
     clock: dict | None = None,        # takes up "generation_seconds" and "tool_seconds": wall time in which engine and tools worked
-    owned: list | None = None,        # N: environments behind dicts of tools, whose `_close` is called when their rollout ends
+    owned: list | None = None,        # N: environments behind dicts of tools; `_reply` is asked when the model has answered, `_close` called when their rollout ends
     renew: Callable[[int], None] | None = None,   # resets environment i: a rollout whose sandbox failed then begins once again; None gives it up
     own: dict[int, Any] | None = None,   # row -> another engine that writes it, at once and untimed: demonstrations
 ) -> list[Trajectory]:                # N, in order
@@ -290,7 +316,7 @@ def rollouts(
         noise = None if seed is None else (*seed, first + i)
         for last in (renew is None, True):
             with _closing(owned[i] if owned else None):
-                done = await rollout(tasks[i], gate.seat(i) if gate else engine, environments[i], formats[i], limits, sampling, noise, slots, loop, using)
+                done = await rollout(tasks[i], gate.seat(i) if gate else engine, environments[i], formats[i], limits, sampling, noise, slots, loop, using, owned[i] if owned else None)
             if last or not (done.error or "").startswith(_SANDBOX): break
             renew(i)
         if gate: gate.leave()   # not after an error: then all stop, and nothing more is sampled for them

@@ -78,17 +78,24 @@ class Syntax:
 # %% ../nbs/00a_syntax.ipynb #16fd4e8f
 def _schema(tool):
     "Name and parameter schemas of a tool given as a JSON schema."
-    function = tool.get("function", tool)
+    function = getattr(tool, "json_schema", tool)
+    function = function.get("function", function)
     return function["name"], (function.get("parameters") or {}).get("properties") or {}
 
-def _name(tool): return _schema(tool)[0] if isinstance(tool, dict) else tool.__name__
+def _bears_schema(tool): return isinstance(tool, dict) or hasattr(tool, "json_schema")
+
+def _name(tool): return _schema(tool)[0] if _bears_schema(tool) else tool.__name__
+
+def _documented(tools):
+    "A line of JSON for each tool that brings its own schema: a benchmark's functions are known by their documentation, not by their names."
+    return "".join(f"\n{json.dumps(t.json_schema['function'])}" for t in tools if hasattr(t, "json_schema"))
 
 def signatures(
     tools: list,   # functions, or their JSON schemas
 ) -> str:          # e.g. "find(name, box) read(key)"
-    "Tools by name and parameters."
-    names = lambda t: list(_schema(t)[1]) if isinstance(t, dict) else list(inspect.signature(t).parameters)
-    return " ".join(f"{_name(t)}({', '.join(names(t))})" for t in tools)
+    "Tools by name and parameters; those that bring a `json_schema` of their own with all of it, a line each."
+    names = lambda t: list(_schema(t)[1]) if _bears_schema(t) else list(inspect.signature(t).parameters)
+    return " ".join(f"{_name(t)}({', '.join(names(t))})" for t in tools if not hasattr(t, "json_schema")) + _documented(tools)
 
 # %% ../nbs/00a_syntax.ipynb #d7aa33ea
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -125,7 +132,7 @@ JSON = Syntax("json", _write_json, _scan_json, _as(f'{_OPEN}\n{{"name": "name", 
 # %% ../nbs/00a_syntax.ipynb #40ebbd28
 def _may_be_text(tool, key):
     "Whether a parameter takes text, as far as its tool says."
-    if isinstance(tool, dict):
+    if _bears_schema(tool):
         schema = _schema(tool)[1].get(key, {"type": "string"})
         return "string" in str([schema.get("type"), *(o.get("type") for o in schema.get("anyOf", []))])
     parameter = inspect.signature(tool).parameters.get(key)

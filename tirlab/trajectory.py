@@ -54,6 +54,7 @@ class Turn:
     observation_ids: list[int] = field(default_factory=list)  # tokens put after the turn; empty where the results did not fit
     logprobs: list[float] | None = None                    # the sampler's log-probabilities (nats), one an id
     seconds: float = 0.0                                   # wall time from asking the engine to its answer
+    reply: str | None = None                               # what the user said next, where the conversation went on after an answer
 
 # %% ../nbs/00_trajectory.ipynb #5c1bc6b1
 class StopReason(str, Enum):
@@ -105,9 +106,10 @@ class Trajectory:
 
     @property
     def messages(self) -> list[dict]:
-        "The completion as chat messages: assistant and tool turns."
+        "The completion as chat messages: assistant and tool turns, and the user's where a conversation goes on."
         told = lambda t: [{"role": "tool", "name": r.name, "content": r.content} for r in t.results if t.observation_ids]
-        return [m for t in self.turns for m in [t.message] + told(t)]
+        asked = lambda t: [{"role": "user", "content": t.reply}] if t.reply is not None else []
+        return [m for t in self.turns for m in [t.message] + told(t) + asked(t)]
 
     @property
     def calls(self) -> list[ToolCall]:
