@@ -109,8 +109,9 @@ def spikes(
     end = np.where(values < scale.plain, scale.low, scale.high) - scale.plain
     strength = np.nan_to_num(np.abs(values - scale.plain) / np.where(end == 0, np.inf, np.abs(end)))
     over = np.flatnonzero(strength >= far)
-    stretches = np.split(over, np.flatnonzero(np.diff(over) > 1) + 1) if len(over) else []
-    peaks = np.array([s[np.argmax(strength[s])] for s in stretches], int)
+    stretch = np.cumsum(np.diff(over, prepend=-9) > 1)
+    best = np.lexsort((-strength[over], stretch))
+    peaks = over[best][np.diff(stretch[best], prepend=0) > 0]
     return sorted(peaks[np.argsort(-strength[peaks], kind="stable")[:most]].tolist())
 
 def least_likely(
@@ -126,10 +127,10 @@ def jump_lists(
     metrics: dict[str, np.ndarray],   # of `token_metrics`
 ) -> dict[str, list[int]]:            # metric -> spikes; and "least" -> the least likely tokens, the least likely first
     "Places worth a look, for each metric."
-    out, texts = {"least": least_likely(recorded_logprob(row))}, np.array(row.text, object)
+    out = {"least": least_likely(recorded_logprob(row))}
     for name, values in metrics.items():
-        own = name.startswith("p:") and texts == name[2:]
-        out[name] = spikes(np.where(own, np.nan, values), scale_of(name), .1 if name.startswith("p:") else .5)
+        other = np.where([t == name[2:] for t in row.text], np.nan, values) if name.startswith("p:") else values
+        out[name] = spikes(other, scale_of(name), .1 if name.startswith("p:") else .5)
     return out
 
 # %% ../nbs/33b_token_map.ipynb #efb4bd90
