@@ -45,7 +45,9 @@ class Recorder:
         threading.Thread(target=self._heartbeat, daemon=True).start()
 
     def _heartbeat(self):
-        while not self._closed.wait(5): self.beat(self.step)
+        while not self._closed.wait(5):
+            try: self.beat(self.step)
+            except OSError: pass   # a full disk may have room again in five seconds
 
     def beat(self,
         step: int,    # optimiser step reached

@@ -7,10 +7,11 @@ __all__ = ['VERSION', 'FORMAT', 'RunError', 'read_meta', 'check_folder', 'RunWri
            'INDEX_COLUMNS', 'STEP_COLUMNS']
 
 # %% ../nbs/31_traces.ipynb #ec23810a
-import json, math, os, time
+import json, math, time
 from pathlib import Path
 
 # %% ../nbs/31_traces.ipynb #9b5f968d
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from fastcore.basics import patch
@@ -19,6 +20,7 @@ from fastcore.basics import patch
 from .files import Tail, append_lines, plain, trim_torn, write_atomic
 from .index import INDEX_COLUMNS, IndexTail
 from .rows import TraceRow, index_line, read_row, trace_id, write_parquet
+from .scored import read_scored, score_sets
 from .steps import STEP_COLUMNS, step_line, step_lines
 
 _all_ = ["TraceRow", "trace_id", "INDEX_COLUMNS", "STEP_COLUMNS"]   # whoever writes a run needs them
@@ -270,6 +272,27 @@ def trajectory(
     except FileNotFoundError: raise RunError(f"The tokens of {id} are gone: {file} is not there any more.") from None
     except (OSError, pa.ArrowException, LookupError, ValueError, TypeError):
         raise RunError(f"The tokens of {id} cannot be read: {file} is damaged; other trajectories may still open.") from None
+
+# %% ../nbs/31_traces.ipynb #d61d3d5d
+@patch
+def scores(
+    self: Run
+) -> dict[str, dict]:   # name -> model, temperature, started, finished, files, scored
+    "The checkpoints by which this run was scored."
+    return score_sets(self.path)
+
+@patch
+def scored(
+    self: Run,
+    name: str,     # a key of `scores()`
+    id: str,       # a trajectory, as in the index
+) -> np.ndarray | None:   # (T,) float32 log-probability of each completion token, nats; NaN where not scored. None if it was not scored by this one
+    "How likely a trajectory's tokens are under another checkpoint. Raises: RunError if the file is damaged."
+    found = (index := self.index())[index.id == id]
+    if found.empty or Path(name).name != name: return None
+    file = self.path/"scores"/name/Path(found.file.iloc[0]).name
+    try: return read_scored(file, id, int(found.row.iloc[0]))
+    except (OSError, pa.ArrowException, LookupError, AttributeError): raise RunError(f"The scores of {id} by {name} cannot be read: {file} is damaged; remove it and score again.") from None
 
 # %% ../nbs/31_traces.ipynb #42bc5926
 @patch
