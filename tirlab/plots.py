@@ -41,7 +41,7 @@ def _lean(png):
     try: from PIL import Image
     except ImportError: return png
     lean = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(128).save(lean, "png", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGBA").quantize(128, method=Image.Quantize.FASTOCTREE).save(lean, "png", optimize=True)   # the one method that keeps what is transparent
     return lean.getvalue()
 
 def as_png(
