@@ -1,12 +1,18 @@
-"""One trajectory, turn by turn, its tokens coloured by a metric."""
+"""One trajectory, turn by turn: where it comes from, what it earned, and a map of its tokens or its messages."""
 import streamlit as st
 
 from tirlab.app.common import plain, stop, the_run
-from tirlab.plots import SCALES, has_metric, token_html
+from tirlab.app.messages import choice, messages
+from tirlab.app.tokens import token_map
 from tirlab.traces import RunError
 
-LABELS = {"logprob": "Log-probability", "entropy": "Entropy", "advantage": "Advantage", "mismatch": "Trainer − sampler"}
 GOOD_STOPS = ("answer",)
+ORIGINS = {   # origin -> icon, what it means
+    "hinted": (":material/lightbulb:", "It was told something the prompt does not say, and learns without it"),
+    "demonstration": (":material/school:", "Written by somebody else, learnt from by imitation"),
+    "replay": (":material/replay:", "Sampled earlier, taken up again"),
+    "reflection": (":material/psychology:", "The policy was shown its own mistakes first"),
+}
 
 run = the_run()
 index = run.index().sort_values(["step", "split", "group", "id"], ignore_index=True)
@@ -22,13 +28,14 @@ here = int(index.index[index.id == chosen][0])
 
 def show(name: str):
     "Turn to another trajectory; the address of the page goes along."
-    st.query_params["id"] = name
+    kept = {k: v for k, v in st.query_params.to_dict().items() if k not in ("turn", "token")}
+    st.query_params.from_dict(kept | {"id": name})   # all at once: each change alone would be a step in the browser's history
 
 
-def go(label: str, icon: str, to: int, side: str = "left"):
+def go(label: str, icon: str, to: int, key: str, side: str = "left"):
     "A button that turns to the trajectory at a place in the list."
     there = index.id.iloc[to:to + 1].tolist() if to >= 0 else []
-    st.button(label, icon=icon, icon_position=side, disabled=not there, on_click=show, args=there, key=label)
+    st.button(label, icon=icon, icon_position=side, disabled=not there, on_click=show, args=there, key=label, shortcut=key)
 
 
 def siblings():
@@ -39,45 +46,84 @@ def siblings():
     rewards = group.reward.map(lambda r: "–" if r != r else f"{r:g}")
     names = {name: f"#{k}: {reward}" for k, (name, reward) in enumerate(zip(group.id, rewards), 1)}   # no two alike, as the widget needs
     key = f"same prompt as {chosen}"
+    st.caption("Same prompt:", width="content", help="The other rollouts of this prompt, with the reward of each")
     st.segmented_control("Same prompt, with reward", list(names), default=chosen, format_func=names.get, key=key, required=True,
-                         on_change=lambda: show(st.session_state[key]))
+                         on_change=lambda: show(st.session_state[key]), label_visibility="collapsed")
+
+
+def badges():
+    "What it earned, how it ended, how it came to be, and whether anything was learnt from it."
+    if row.reward is not None:
+        best = row.reward > 0 and row.reward == index.reward.max()
+        st.badge(f"reward {row.reward:g}", icon=":material/star:", color="green" if best else "gray")
+    told = [a for a in row.turn_advantages if a is not None and a == a]
+    if told:
+        st.badge(f"advantage {min(told):+.2f}" + f" to {max(told):+.2f}" * (max(told) - min(told) > .005), icon=":material/trending_up:", color="gray")
+    st.badge(plain(row.stop or "unknown stop"), icon=":material/flag:", color="blue" if row.stop in GOOD_STOPS else "orange")
+    if row.failed_calls:
+        st.badge(f"{row.failed_calls} of {row.calls} calls failed", icon=":material/build:", color="red")
+    elif row.calls:
+        st.badge(f"{row.calls} call{'s' * (row.calls > 1)}", icon=":material/build:", color="gray")
+    for name, usual in (("split", "train"), ("phase", "rl")):
+        if getattr(row, name) != usual:
+            st.badge(plain(getattr(row, name)), color="violet")
+    if row.origin != "sampled":
+        icon, means = ORIGINS.get(row.origin, (None, None))
+        st.badge(plain(row.origin), icon=icon, color="violet", help=means)
+    if row.dropped:
+        st.badge(f"dropped: {plain(row.dropped)}", icon=":material/block:", color="red", help="It, or part of it, was left out of the loss")
+    if row.hint:
+        with st.popover("What it was told", icon=":material/lightbulb:"):
+            st.text(row.hint)
 
 
 def header():
     "Where it comes from, what it earned and how it ended."
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.subheader(plain(row.id), anchor=False, width="content")
-        if row.reward is not None:
-            best = row.reward > 0 and row.reward == index.reward.max()
-            st.badge(f"reward {row.reward:g}", icon=":material/star:", color="green" if best else "gray")
-        st.badge(plain(row.stop or "unknown stop"), icon=":material/flag:", color="blue" if row.stop in GOOD_STOPS else "orange")
-        if row.failed_calls:
-            st.badge(f"{row.failed_calls} of {row.calls} calls failed", icon=":material/build:", color="red")
-        elif row.calls:
-            st.badge(f"{row.calls} call{'s' * (row.calls > 1)}", icon=":material/build:", color="gray")
-        for name, usual in (("split", "train"), ("origin", "sampled"), ("phase", "rl"), ("dropped", None)):
-            if getattr(row, name) != usual:
-                st.badge(plain(getattr(row, name)), color="violet")
+        badges()
     parts = [row.environment] * bool(row.environment) + [f"step {row.step}", f"group {row.group}"]
     parts += [f"{int(row.mask.sum())} tokens written, {len(row.ids)} in all", f"tools took {row.tool_seconds:.2f} s"]
     parts += [f"{name} {value + 0.0:g}" for name, value in row.rewards.items() if value is not None]
-    st.caption(plain(" · ".join(parts)))
+    line, reference = index.iloc[here], f" **Reference:** {plain(row.answer)}" if row.answer is not None else ""
+    st.caption(f"{plain(' · '.join(parts))}  \n**Asked:** {plain(str(line.prompt))}{reference}")
 
 
-with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-    go("Previous", ":material/arrow_back:", here - 1)
-    st.page_link("trajectories.py", label=f"{here + 1:,} of {len(index):,}", icon=":material/list:")
-    go("Next", ":material/arrow_forward:", here + 1, "right")
+def asked() -> dict:
+    "Where the reader stands, by the address."
+    number = lambda name: int(s) if (s := st.query_params.get(name, "")).isdigit() else None
+    return {"metric": st.query_params.get("metric"), "turn": number("turn"), "token": number("token")}
+
+
+def moved(at: dict):
+    "The reader went on: the address follows, so that the server knows what the browser shows."
+    if at["id"] != st.query_params.get("id", chosen):   # it comes late, from the trajectory before
+        return
+    now = st.query_params.to_dict() | {name: at[name] for name in ("id", "metric", "turn", "token")}
+    st.query_params.from_dict({name: str(value) for name, value in now.items() if value not in (None, "")})
+    st.session_state["seen at"] = asked()
+    st.session_state["token metric"] = at["metric"]
+
+
+def place() -> dict:
+    "Where the map opens. It stays the same while the reader moves about in it: a changed one would send all tokens again."
+    now = asked()
+    if st.session_state.get("opened", (None,))[0] != chosen or st.session_state.get("seen at") != now:
+        st.session_state["opened"] = (chosen, now | {"metric": now["metric"] or st.session_state.get("token metric")})
+        st.session_state["seen at"] = now
+    return st.session_state["opened"][1]
+
+
 header()
-line = index.iloc[here]
-reference = f"  \n**Reference:** {plain(row.answer)}" if row.answer is not None else ""
-st.markdown(f"**Asked:** {plain(str(line.prompt))}{reference}")
-
-with st.container(horizontal=True, vertical_alignment="bottom", gap="large"):
-    metrics = [name for name in SCALES if has_metric(row, name)]
-    metric = st.segmented_control("Colour tokens by", metrics, default=metrics[0], format_func=LABELS.get, key="metric", required=True,
-                                  persist_state="session") if metrics else "logprob"
+with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
+    view = choice("view", ["tokens", "messages"], format_func=str.capitalize)
     siblings()
-if not metrics:
-    st.caption("No number was stored for the tokens of this trajectory.")
-st.html(token_html(row, metric, tuple(run.meta().get("control_tokens") or ())))
+    st.space("stretch")
+    go("Previous", ":material/arrow_back:", here - 1, "Shift+H")
+    st.page_link("trajectories.py", label=f"{here + 1:,} of {len(index):,}", icon=":material/list:", width="content")
+    go("Next", ":material/arrow_forward:", here + 1, "Shift+L", "right")
+if view == "messages":
+    st.session_state.pop("opened", None)
+    messages(row)
+else:
+    st.fragment(token_map)(run, row, place(), moved)

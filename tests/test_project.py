@@ -218,6 +218,6 @@ def test_the_wheel_holds_modules_app_and_policy(tmp_path):
     assert built.returncode == 0, built.stderr
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     wanted = {str(p.relative_to(ROOT)) for p in [*MODULES, *ROOT.glob("tirlab/tiny_policy/*")] if p.is_file()}
-    wanted |= {f"tirlab/{p.relative_to(ROOT)}" for p in APP}
+    wanted |= {f"tirlab/{p.relative_to(ROOT)}" for p in [*APP, *ROOT.glob("app/*.js"), *ROOT.glob("app/*.css")]}
     assert wanted <= names, f"not in the wheel: {sorted(wanted - names)}"
     assert any(name.endswith("/LICENSE") for name in names)

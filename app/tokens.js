@@ -1,0 +1,355 @@
+/* The token map: outline | tokens | details. Draws one Arrow table and never asks the server; only where the reader stands goes back.
+   Whatever a policy wrote passes through `safe` before it becomes part of a page. */
+const CLASSES = 32, BLOCK = 192, LONGEST = 1024;
+const SIGNS = {"\n": "<i>↵</i>\n", "\t": "<i>⇥</i>\t", "\r": "<i>␍</i>", "\u200c": "\u200c", "\u200d": "\u200d",
+               "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;", "\ufffd": "<i>\ufffd</i>"};
+const ODD = /[&<>"'\ufffd\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu, RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
+const safe = text => text.replace(ODD, c => SIGNS[c] ?? (/\p{Cs}/u.test(c) ? "\ufffd" : `<i>⟨${c.codePointAt(0).toString(16).toUpperCase()}⟩</i>`));
+const known = v => v !== null && v !== undefined && !Number.isNaN(v);
+const number = (v, digits = 3) => known(v) ? (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 10 ** -digits / 2) ? v.toExponential(1) : v.toFixed(digits)).replace("-", "−") : "–";
+const signed = v => (v > 0 ? "+" : "") + number(v, 2);
+const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
+
+const FRAME = `<div class="bar">
+ <label>Colour by <select data-do="metric" title="m, M"></select></label>
+ <span class="legend" role="img"><span class="low"></span><span class="ramp"></span><span class="high"></span></span>
+ <span class="signs"><span class="u">not measured</span><span class="k">control token</span><span class="hatched">not written by the model</span></span>
+ <span class="push"><span class="jump" role="group" aria-label="Spikes of this metric"><button data-do="spike-" title="previous spike (p)">‹</button><span data-is="spikes"></span><button data-do="spike+" title="next spike (n)">›</button></span>
+ <span class="jump" role="group" aria-label="Least likely tokens"><button data-do="least-" title="likelier (U)">‹</button><span data-is="least"></span><button data-do="least+" title="next least likely token (u)">›</button></span></span>
+</div>
+<div class="bar turns">
+ <button data-do="turn-" title="previous turn (h)" aria-label="Previous turn">‹</button>
+ <input type="range" min="0" value="0" step="1" data-do="turn" aria-label="Turn">
+ <button data-do="turn+" title="next turn (l)" aria-label="Next turn">›</button>
+ <button data-do="play" title="play (k)" aria-label="Play">▶</button><span data-is="turn"></span>
+ <span class="push"><button data-do="fold" title="open or fold all tool output (o)">Open tool output</button>
+ <button data-do="link" title="copy a link to exactly this view">Copy link</button></span>
+</div>
+<div class="cols">
+ <nav class="outline" aria-label="Turns"></nav>
+ <div class="pane" tabindex="0" role="region" aria-label="Tokens; arrow keys move between them"></div>
+ <div class="mini" aria-hidden="true"><canvas></canvas><div class="view"></div></div>
+ <aside class="card" aria-live="polite"></aside>
+</div>
+<div class="keys">h l turns · H L trajectories · n p spikes · u U least likely · ← → tokens · m metric · o tool output · k play</div>`;
+
+function mount(host) {
+  const app = document.createElement("div"), style = document.createElement("style");
+  app.className = "tm"; app.innerHTML = FRAME;
+  host.append(style, app);
+  const $ = s => app.querySelector(s), pane = $(".pane"), card = $(".card"), slider = $("input"), select = $("select"), canvas = $("canvas"), view = $(".view");
+  let version, opened, facts, n, text, id, mask, column, send, drawn = 0;
+  let els, blocks, wrote, suffix, turnOf, at, spot, spikeAt, leastAt, quiet = 0, timer, clock, pending;
+
+  /* ---- from a table to spans ---- */
+  const NAMES = Array.from({length: CLASSES + 1}, (_, k) => k ? `c${k - 1}` : "u");
+  const span = i => `<span class="${mask[i] ? (app.now ? NAMES[app.now[i] + 1] : "") : "o"}${suffix[i]}">${safe(text[i]) || "<i>∅</i>"}</span>`;
+  function lines(from, to) {   /* blocks that end where a line ends: what is off the screen is then not laid out */
+    let out = "", start = from, size = 0;
+    for (let i = from; i < to; i++) {
+      size++;
+      if (i + 1 === to || (size >= BLOCK && text[i].endsWith("\n")) || size >= LONGEST || (size > 1 && text[i].length > 4e4)) {
+        let html = "";
+        for (let j = start; j <= i; j++) html += span(j);
+        out += `<div class="b" data-i="${start}">${html}</div>`;
+        start = i + 1; size = 0;
+      }
+    }
+    return out;
+  }
+  function collect(root) {
+    for (const b of root.querySelectorAll(".b")) {
+      let i = +b.dataset.i;
+      const from = i;
+      for (const e of b.children) { els[i] = e; e.at = i++; }
+      blocks.push({el: b, from, to: i});
+    }
+    blocks.sort((a, b) => a.from - b.from);
+  }
+  function fill(box) {   /* tool output, the first time it is opened */
+    const inner = box.lastElementChild;
+    if (box.full) return;
+    box.full = true;
+    if (box.dataset.from === undefined) inner.innerHTML = safe(facts.prompt);
+    else { inner.innerHTML = lines(+box.dataset.from, +box.dataset.to); collect(inner); }
+  }
+  function toolPart(from, to, error) {
+    let first = "";
+    for (let i = from; i < to && first.length < 600; i++) first += text[i].slice(0, 600);
+    first = first.replace(/<\|[^<>|]{1,40}\|>|<\/?tool_response>/g, " ").replace(/^\s*(?:user|tool|ipython|environment)\s*\n/, " ").trim().split("\n")[0].slice(0, 140);
+    return `<details class="tool${error ? " err" : ""}" data-from="${from}" data-to="${to}"><summary><b>${error ? "✖ error" : "tool"}</b><span class="first">${safe(first)}</span>` +
+           `<span class="dim">${plural(to - from, "token")}</span></summary><div class="text hatched"></div></details>`;
+  }
+  function turnHtml(t, k) {
+    const parts = t.parts.map(([a, b, own], p) => own ? `<div class="text">${lines(a, b)}</div>` : toolPart(a, b, t.errors.includes(p)));
+    const numbers = [["reward", t.reward], ["advantage", t.advantage]].filter(x => known(x[1])).map(([name, v]) => `<span>${name} <b>${signed(v)}</b></span>`);
+    const kl = Object.entries(t.kl).map(([name, v]) => `<span title="KL from the recorded policy to ${safe(name)}, estimated from the tokens of this turn (k3), nats">KL ${safe(name)} <b>${number(v)}</b></span>`);
+    return `<section data-k="${k}" aria-label="Turn ${t.turn + 1}"><header><b>Turn ${t.turn + 1}</b>${kindChip(t)}<span class="dim">${plural(t.tokens, "token")}</span>` +
+           `<span class="numbers">${numbers.join("")}${kl.join("")}</span></header>${parts.join("")}</section>`;
+  }
+  const KINDS = ["tool_call", "response", "text_pollution", "collapsed"];
+  const kindChip = t => t.kind ? `<span class="kind${KINDS.indexOf(t.kind)}">${safe(t.kind.replaceAll("_", " "))}</span>` : "";
+  function outlineHtml(t, k) {
+    const failed = t.errors.length ? `<span class="bad" title="a tool answered with an error">✖</span>` : "";
+    return `<button data-do="go" data-k="${k}"><span class="no">${t.turn + 1}</span>${kindChip(t)}${failed}<span class="adv" title="reward of the turn">${known(t.reward) && t.reward ? signed(t.reward) : ""}</span></button>`;
+  }
+
+  /* ---- colours ---- */
+  function classes(metric) {
+    const {low, high} = facts.scales[metric], out = new Int8Array(n), v = column[metric];
+    for (let i = 0; i < n; i++) out[i] = Number.isNaN(v[i]) ? -1 : Math.min(CLASSES - 1, Math.floor(Math.min(1, Math.max(0, (v[i] - low) / (high - low))) * CLASSES));
+    return out;
+  }
+  function paint(begun, swap) {
+    const scale = facts.scales[at.metric];
+    if (swap) { app.now = classes(at.metric); for (const i of wrote) els[i].className = NAMES[app.now[i] + 1] + suffix[i]; }
+    style.textContent = (scale?.colors ?? []).map((color, k) => `.tm .c${k}{background:${color}}`).join("");
+    legend(scale); minimap(); jumps();
+    if (spot !== null) details();
+    painted(begun);
+  }
+  function painted(begun) {   /* after the frame that shows it */
+    const metric = at.metric, mine = ++drawn, shown = facts.id;
+    requestAnimationFrame(() => setTimeout(() => { Object.assign(app.dataset, {painted: mine, metric, id: shown, ms: Math.round(performance.now() - begun)}); }));
+  }
+  function legend(scale) {
+    const box = $(".legend");
+    box.hidden = $(".signs").hidden = !scale;
+    select.hidden = !scale; select.parentNode.firstChild.textContent = scale ? "Colour by " : "No number was stored for the tokens of this trajectory. ";
+    if (!scale) return;
+    const step = 100 / CLASSES, ends = [`${scale.low}` + (scale.low === scale.plain ? "" : " or less"), `${+scale.high.toFixed(2)}` + (scale.high === scale.plain ? "" : " or more")].map(s => s.replace("-", "−"));
+    $(".low").textContent = ends[0]; $(".high").textContent = ends[1];
+    $(".ramp").style.backgroundImage = `linear-gradient(to right,${scale.colors.map((c, k) => `${c} ${k * step}% ${(k + 1) * step}%`).join(",")})`;
+    box.setAttribute("aria-label", `${scale.label}: from ${ends[0]} to ${ends[1]}`); box.title = scale.label;
+  }
+  function minimap() {
+    const box = canvas.parentNode, ratio = devicePixelRatio || 1, w = box.clientWidth, h = box.clientHeight;
+    canvas.width = w * ratio; canvas.height = h * ratio;
+    const g = canvas.getContext("2d"), scale = facts.scales[at.metric], c = app.now;
+    g.scale(ratio, ratio);
+    if (!n || !h) return;
+    const rows = Math.min(h, n), tall = h / rows, strength = scale ? scale.strength : [], middle = scale ? (scale.plain - scale.low) / (scale.high - scale.low) * (CLASSES - 1) : 0;
+    for (let y = 0; y < rows; y++) {
+      let power = 0, sum = 0, own = 0, seen = 0, best = -1;   /* as strong as they are on average (root mean square), on the side where most of it lies */
+      const a = Math.floor(y * n / rows), b = Math.max(a + 1, Math.floor((y + 1) * n / rows));
+      for (let i = a; i < b; i++) { own += mask[i]; if (c && c[i] >= 0) { const s = strength[c[i]]; seen++; power += s * s; sum += c[i] < middle ? -s : s; } }
+      if (power > 0) { const s = Math.sqrt(power / seen); best = sum < 0 ? strength.findLastIndex((x, k) => k < middle && x >= s - 1e-9) : strength.findIndex((x, k) => k >= middle && x >= s - 1e-9); }
+      if (!own) { g.fillStyle = "rgba(128,135,146,.34)"; g.fillRect(0, y * tall, w - 5, tall + .5); }
+      else if (best >= 0) { g.fillStyle = scale.colors[best]; g.fillRect(0, y * tall, w - 5, tall + .5); g.fillRect(0, y * tall, w - 5, tall + .5); }
+    }
+    g.fillStyle = "rgba(128,135,146,.75)";
+    for (const t of facts.turns) if (t.parts.length && t.parts[0][0]) g.fillRect(0, t.parts[0][0] / n * h, w, 1);
+    g.fillStyle = getComputedStyle(app).getPropertyValue("color");
+    for (const i of facts.jumps[at.metric] ?? []) g.fillRect(w - 4, (i + .5) / n * h - 1, 4, 2);
+    window_();
+  }
+  const placeOf = y => {   /* which token lies at a height of the window */
+    let a = 0, b = blocks.length - 1;
+    while (a < b) { const m = (a + b + 1) >> 1; blocks[m].el.getBoundingClientRect().top <= y ? a = m : b = m - 1; }
+    if (!blocks.length) return 0;
+    const {el, from, to} = blocks[a], box = el.getBoundingClientRect();
+    return from + Math.round((to - from) * Math.min(1, Math.max(0, (y - box.top) / (box.height || 1))));
+  };
+  function window_() {
+    const box = pane.getBoundingClientRect(), h = canvas.parentNode.clientHeight, a = placeOf(box.top), b = placeOf(box.bottom);
+    view.style.top = `${a / n * h}px`; view.style.height = `${Math.max(6, (b - a) / n * h)}px`;
+    return a;
+  }
+
+  /* ---- moving about ---- */
+  function note(tell = true) {   /* the address of the page is where the reader stands */
+    const url = new URL(location), put = (k, v) => v === null ? url.searchParams.delete(k) : url.searchParams.set(k, v);
+    put("metric", at.metric || null); put("turn", facts.turns.length ? facts.turns[at.k].turn + 1 : null); put("token", spot);
+    url.searchParams.set("id", facts.id);
+    if (url.href !== location.href) history.replaceState(history.state, "", url);
+    clearTimeout(pending);
+    pending = null;
+    if (tell && !clock) pending = setTimeout(() => { pending = null; send("at", {id: facts.id, metric: at.metric, turn: facts.turns.length ? facts.turns[at.k].turn + 1 : null, token: spot}); }, 400);
+  }
+  const sections = () => pane.querySelectorAll("section");
+  function mark() {
+    const t = facts.turns[at.k];
+    slider.value = at.k; slider.setAttribute("aria-valuetext", t ? `Turn ${t.turn + 1} of ${facts.turns.length}, ${t.kind.replaceAll("_", " ")}` : "no turn");
+    $("[data-is=turn]").textContent = t ? `Turn ${t.turn + 1} of ${facts.turns.length}` : "The completion is empty.";
+    app.querySelectorAll(".outline button").forEach((b, k) => { k === at.k ? b.setAttribute("aria-current", "step") : b.removeAttribute("aria-current"); });
+    const here = app.querySelector(".outline [aria-current]"), list = $(".outline");
+    if (here && (here.offsetTop < list.scrollTop || here.offsetTop + here.offsetHeight > list.scrollTop + list.clientHeight)) list.scrollTop = here.offsetTop - list.clientHeight / 2;
+    sections().forEach((s, k) => { s.toggleAttribute("data-here", k === at.k); s.toggleAttribute("data-later", !!clock && k > at.k); });
+  }
+  function goTurn(k, tell = true) {
+    if (!facts.turns.length) return;
+    at.k = Math.max(0, Math.min(facts.turns.length - 1, k));
+    const s = sections()[at.k];
+    quiet = performance.now() + 300;
+    pane.scrollTop += s.getBoundingClientRect().top - pane.getBoundingClientRect().top - 6;
+    mark(); note(tell); window_();
+  }
+  function goToken(i, tell = true) {
+    if (!(i >= 0 && i < n)) return;
+    if (!els[i]) for (const box of pane.querySelectorAll("details[data-from]")) if (i >= +box.dataset.from && i < +box.dataset.to) { fill(box); box.open = true; }
+    const e = els[i];
+    if (!e) return;
+    const fold = e.closest("details");
+    if (fold) fold.open = true;
+    els[spot]?.removeAttribute("data-s");
+    spot = i; at.k = turnOf[i];
+    e.setAttribute("data-s", "");
+    quiet = performance.now() + 300;
+    const box = pane.getBoundingClientRect(), r = e.getBoundingClientRect();
+    if (r.top < box.top + 30 || r.bottom > box.bottom - 10) e.scrollIntoView({block: "center"});
+    mark(); details(); note(tell); jumps(); window_();
+  }
+  function step(list, place, by) { return list.length ? (place + by + list.length) % list.length : null; }
+  function jumps() {
+    const list = facts.jumps[at.metric] ?? [], least = facts.jumps.least, here = list.indexOf(spot);
+    spikeAt = here; leastAt = least.indexOf(spot);
+    $("[data-is=spikes]").textContent = list.length ? `${here < 0 ? "" : `${here + 1} of `}${plural(list.length, "spike")}` : "no spikes";
+    $("[data-is=least]").textContent = least.length ? `${leastAt < 0 ? "least likely" : `least likely #${leastAt + 1}`}` : "no log-probabilities";
+    for (const [what, l] of [["spike", list], ["least", least]]) for (const s of "+-") $(`[data-do="${what}${s}"]`).disabled = !l.length;
+  }
+  function spike(by) {   /* the next one after where the reader stands */
+    const list = facts.jumps[at.metric] ?? [];
+    if (!list.length) return;
+    const from = spot ?? window_() - (by > 0 ? 1 : 0), next = by > 0 ? list.findIndex(i => i > from) : list.findLastIndex(i => i < from);
+    goToken(list[next < 0 ? (by > 0 ? 0 : list.length - 1) : next]);
+  }
+  function least(by) { const k = step(facts.jumps.least, leastAt < 0 && by < 0 ? 0 : leastAt, by); if (k !== null) goToken(facts.jumps.least[k]); }
+  function play(on) {
+    clearInterval(clock); clock = null;
+    if (on) { if (at.k >= facts.turns.length - 1) goTurn(0, false); clock = setInterval(() => { if (at.k + 1 >= facts.turns.length) play(false); else goTurn(at.k + 1, false); }, 1200); }
+    const b = $('[data-do="play"]');
+    b.textContent = clock ? "‖" : "▶"; b.setAttribute("aria-label", clock ? "Pause" : "Play");
+    mark(); note();
+  }
+  function setMetric(name) { if (!facts.scales[name]) return; const begun = performance.now(); at.metric = select.value = name; paint(begun, true); note(); }
+  function fold() {
+    const boxes = [...pane.querySelectorAll("details[data-from]")], open = boxes.some(b => !b.open);
+    for (const b of boxes) { if (open) fill(b); b.open = open; }
+    $('[data-do="fold"]').textContent = open ? "Fold tool output" : "Open tool output";
+  }
+
+  /* ---- the card of a token ---- */
+  const BYTES = new TextEncoder();
+  function bytes(s) {
+    if (s.includes("\ufffd")) return "part of a character: the token alone is not valid UTF-8";
+    const b = BYTES.encode(s.slice(0, 64)), all = s.length > 64 ? BYTES.encode(s).length : b.length;
+    return [...b.slice(0, 16)].map(x => x.toString(16).padStart(2, "0").toUpperCase()).join(" ") + (all > 16 ? ` … (${plural(all, "byte")})` : "");
+  }
+  const short = s => safe(s.length > 160 ? s.slice(0, 160) : s) + (s.length > 160 ? `<i>… ${plural(s.length, "character")}</i>` : "") || "<i>∅</i>";
+  function details() {
+    const i = spot, t = facts.turns[turnOf[i]], around = [];
+    const rows = facts.metrics.map(m => [m, column[m.name][i]]).filter(([, v]) => known(v)).map(([m, v]) => {
+      const s = facts.scales[m.name], k = Math.min(CLASSES - 1, Math.floor(Math.min(1, Math.max(0, (v - s.low) / (s.high - s.low))) * CLASSES));
+      return `<tr${m.name === at.metric ? ' class="on"' : ""}><th>${safe(m.label)}</th><td><span class="dot" style="background:${s.colors[k]}"></span>${number(v, 4)}` +
+             (m.name.endsWith("logprob") ? ` <span class="dim">p ${number(Math.exp(v))}</span>` : "") + "</td></tr>"; });
+    for (let j = Math.max(0, i - 6); j < Math.min(n, i + 7); j++)
+      around.push(`<button data-do="token" data-i="${j}"${j === i ? ' aria-current="true"' : ""}><span class="piece">${short(text[j].slice(0, 40))}</span>` +
+                  `<span class="dim">${app.now && app.now[j] >= 0 ? number(column[at.metric][j]) : mask[j] ? "" : "tool"}</span></button>`);
+    const metric = facts.metrics.find(m => m.name === at.metric);
+    card.innerHTML = `<div class="big${suffix[i].includes("r") ? " r" : ""}">${short(text[i])}</div><table><tr><th>Position</th><td>${i.toLocaleString("en")} of ${n.toLocaleString("en")}, turn ${t.turn + 1}</td></tr>` +
+      `<tr><th>Id</th><td>${id[i]}</td></tr><tr><th>Bytes</th><td class="mono">${bytes(text[i])}</td></tr>${rows.join("")}</table>` +
+      (mask[i] ? (rows.length ? "" : '<p class="dim">Nothing was measured here.</p>') : '<p class="dim">Not written by the model: it carries no gradient.</p>') +
+      `<h4>Neighbours${metric ? `: ${safe(metric.label)}` : ""}</h4><div class="near">${around.join("")}</div>`;
+  }
+  const NOTHING = '<p class="dim">Click a token, or press n for the next spike and u for the least likely token.</p>';
+
+  /* ---- one handler for all ---- */
+  const DO = {"turn-": () => goTurn(at.k - 1), "turn+": () => goTurn(at.k + 1), "spike-": () => spike(-1), "spike+": () => spike(1), "least-": () => least(-1), "least+": () => least(1),
+              play: () => play(!clock), fold, link: async b => { await navigator.clipboard.writeText(location.href); b.textContent = "Copied"; setTimeout(() => { b.textContent = "Copy link"; }, 1500); }};
+  app.addEventListener("click", ev => {
+    const b = ev.target.closest("[data-do]"), kind = b?.dataset.do;
+    if (kind === "go") goTurn(+b.dataset.k);
+    else if (kind === "token") goToken(+b.dataset.i);
+    else if (DO[kind]) DO[kind](b);
+    else { const e = ev.target.closest(".b > span"); if (e && getSelection().isCollapsed !== false) goToken(e.at); }
+  });
+  app.addEventListener("toggle", ev => { if (ev.target.open) fill(ev.target); window_(); }, true);
+  select.addEventListener("change", () => setMetric(select.value));
+  slider.addEventListener("input", () => goTurn(+slider.value));
+  pane.addEventListener("scroll", () => {
+    if (timer) return;
+    timer = requestAnimationFrame(() => {
+      timer = null;
+      if (!n) return;
+      const k = turnOf[Math.min(n - 1, window_())];
+      if (performance.now() > quiet && k !== at.k) { at.k = k; mark(); note(false); }
+    });
+  }, {passive: true});
+  pane.addEventListener("mousemove", ev => {
+    const e = ev.target.closest(".b > span");
+    if (!e || e.title) return;
+    const i = e.at, v = at.metric ? column[at.metric][i] : NaN;
+    e.title = `id ${id[i]}, position ${i}` + (known(v) ? `, ${number(v, 4)}` : mask[i] ? "" : ", not written by the model");
+    e.addEventListener("mouseleave", () => e.removeAttribute("title"), {once: true});
+  });
+  const drag = ev => { if (!ev.buttons || !n) return;
+    const box = canvas.getBoundingClientRect(), i = Math.max(0, Math.min(n - 1, Math.floor((ev.clientY - box.top) / box.height * n)));
+    const b = blocks.findLast(x => x.from <= i) ?? blocks[0], r = b.el.getBoundingClientRect();
+    pane.scrollTop += r.top + r.height * Math.min(1, (i - b.from) / (b.to - b.from)) - pane.getBoundingClientRect().top - pane.clientHeight / 2; };
+  $(".mini").addEventListener("pointerdown", ev => { ev.currentTarget.setPointerCapture(ev.pointerId); drag(ev); });
+  $(".mini").addEventListener("pointermove", drag);
+  const metricBy = by => { const names = facts.metrics.map(m => m.name); if (names.length) setMetric(names[step(names, names.indexOf(at.metric), by)]); };
+  const KEYS = {h: DO["turn-"], l: DO["turn+"], n: DO["spike+"], p: DO["spike-"], u: DO["least+"], U: DO["least-"], k: DO.play, o: fold, m: () => metricBy(1), M: () => metricBy(-1)};
+  function keys(ev) {
+    const target = ev.composedPath()[0], tag = target.tagName;
+    if (ev.ctrlKey || ev.metaKey || ev.altKey || !facts || !host.host?.isConnected) return;
+    if (tag === "TEXTAREA" || tag === "SELECT" || target.isContentEditable || (tag === "INPUT" && target.type !== "range") || document.querySelector("[role=dialog]")) return;
+    const arrow = {ArrowRight: 1, ArrowLeft: -1}[ev.key];
+    if (arrow && target === pane) { goToken(spot === null ? window_() : spot + arrow); ev.preventDefault(); }
+    else if (KEYS[ev.key]) { KEYS[ev.key](); ev.preventDefault(); }
+  }
+  new ResizeObserver(() => { if (facts) minimap(); }).observe(canvas.parentNode);
+
+  /* ---- a trajectory arrives ---- */
+  function show(data) {
+    const begun = performance.now(), table = data.tokens;
+    const asked = pending ? at.metric : data.facts.at.metric;   /* a choice the server does not know yet goes first */
+    play_stop();
+    ({facts} = data); opened = JSON.stringify(facts.at); version = facts.version; n = table.numRows;
+    const get = name => table.getChild(name);
+    text = new Array(n);
+    const pieces = get("text");
+    for (let i = 0; i < n; i++) text[i] = pieces.get(i) ?? "";
+    id = get("id").toArray(); mask = get("mask").toArray();
+    column = Object.fromEntries(facts.metrics.map(m => [m.name, get(m.name).toArray()]));
+    els = new Array(n); blocks = []; wrote = []; spot = null; turnOf = new Int32Array(n);
+    const control = new Set(facts.control);
+    suffix = text.map(s => (control.has(s) ? " k" : "") + (RIGHT_TO_LEFT.test(s) ? " r" : ""));
+    for (let i = 0; i < n; i++) if (mask[i]) wrote.push(i);
+    facts.turns.forEach((t, k) => t.parts.forEach(([a, b]) => turnOf.fill(k, a, b)));
+    at = {metric: facts.scales[asked] ? asked : facts.scales[at?.metric] ? at.metric : facts.metrics[0]?.name ?? "", k: 0};
+    app.now = at.metric ? classes(at.metric) : null;
+    select.replaceChildren(...Object.entries(Object.groupBy(facts.metrics, m => m.group)).map(([label, ms]) => {
+      const g = document.createElement("optgroup"); g.label = label; g.append(...ms.map(m => new Option(m.label, m.name))); return g; }));
+    select.value = at.metric;
+    slider.max = Math.max(0, facts.turns.length - 1);
+    $(".outline").innerHTML = facts.turns.map(outlineHtml).join("");
+    card.innerHTML = NOTHING;
+    const prompt = facts.prompt ? `<details class="prompt"><summary><b>Prompt</b><span class="dim">${plural(facts.prompt_tokens, "token")}</span></summary><div class="text hatched"></div></details>` : "";
+    pane.innerHTML = prompt + (facts.turns.map(turnHtml).join("") || '<p class="dim">The completion is empty.</p>');
+    pane.scrollTop = 0; collect(pane);
+    $('[data-do="fold"]').textContent = "Open tool output"; $('[data-do="fold"]').hidden = !pane.querySelector("details[data-from]");
+    paint(begun, false); mark();
+    standAt(facts.at);
+    app.dataset.built = Math.round(performance.now() - begun);
+  }
+  function standAt({metric, turn, token}) {
+    const k = facts.turns.findIndex(t => t.turn + 1 === turn);
+    if (metric && metric !== at.metric) setMetric(metric);
+    if (token !== null && token >= 0 && token < n) goToken(token, false); else if (k >= 0) goTurn(k, false); else note(false);
+  }
+  const play_stop = () => { clearInterval(clock); clock = null; clearTimeout(pending); pending = null; const b = $('[data-do="play"]'); b.textContent = "▶"; };
+  return {
+    update(data, tell) { send = tell; addEventListener("keydown", keys); 
+      if (data.facts.version !== version) show(data);
+      else if (JSON.stringify(data.facts.at) !== opened) { opened = JSON.stringify(data.facts.at); standAt(data.facts.at); }   /* another address, the same trajectory */
+      else note(false); },
+    stop() { removeEventListener("keydown", keys); if (facts) play_stop(); },
+  };
+}
+
+export default function ({data, parentElement, setStateValue}) {
+  const it = parentElement.tokenMap ??= mount(parentElement);
+  it.update(data, setStateValue);
+  return () => it.stop();
+}
