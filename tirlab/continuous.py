@@ -20,7 +20,7 @@ from transformers import AttentionInterface, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig, RepetitionPenaltyLogitsProcessor
 from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 from transformers.generation.continuous_batching.cache_manager import BlockManager
-from .engines import EngineError, Sampled, Sampling, cut, end_tokens, gumbel, processors
+from .engines import EngineError, Sampled, Sampling, context_of, cut, end_tokens, gumbel, processors
 
 # %% ../nbs/10a_continuous.ipynb #17c9d329
 def _plan(starts, pages):
@@ -98,7 +98,7 @@ class _Steps:
         self.cache, self.scheduler = self.processor.cache, self.processor.scheduler
         self.processor.inputs_and_outputs.compute_stream = None   # one stream for optimiser and engine: neither overtakes the other
         self.processor.model_runner._sample = self._sample
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
+        context = context_of(model)
         self.longest = min((self.cache.num_blocks - 1) * page - 1, context)
 
     def close(self): self.__dict__.clear()   # the library's destructor needs torch alive

@@ -27,6 +27,7 @@ from .batches import task_name
 from .collapse import Alarm, CollapseMonitor
 from .config import rollout_limits
 from .demonstrations import demonstrate
+from .engines import context_of
 from .files import write_atomic
 from .lessons import Around, LessonSignal
 from .recording import recording
@@ -282,7 +283,7 @@ def _gather_lessons(plan, trainer, phase, only):
     trainer._recorder.write(gather_object)   # what waits for its scores goes to the record now
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        limits = rollout_limits(trainer.args, getattr(trainer.model.config.get_text_config(), "max_position_embeddings", 2**31), bool(trainer.tools))
+        limits = rollout_limits(trainer.args, context_of(trainer.model), bool(trainer.tools))
         show = lambda rows: demonstrate(rows, trainer._tokenizer, *trainer._offered, trainer.args.call_format, limits, trainer.args.answer_template.format,
                                            end_tokens=trainer.eos_token_ids, chat_template=trainer.chat_template, template_kwargs=trainer.chat_template_kwargs) if rows else []
         around = Around(open_run(trainer.run_dir), phase["start"], {task_name(row): row for row in trainer.train_dataset}, show, trainer._tokenizer, trainer.args.call_format, only)

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from fastcore.basics import patch
 
 # %% ../nbs/40f_rolling.ipynb #75a8abd8
-from .engines import EngineError
+from .engines import EngineError, context_of
 from .config import rollout_limits
 from .formats import make_format
 from .recording import step_on_record
@@ -86,7 +86,7 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
     if images or multimodal_fields: raise ValueError("TIRTrainer is for text; use TRL's GRPOTrainer for prompts with images.")
     colocated, n, clock = self.use_vllm and self.vllm_mode == "colocate", len(prompt_ids), {}
     formats = self._formats(n)
-    context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
+    context = self.vllm_generation.llm.llm_engine.model_config.max_model_len if colocated else context_of(self.model)
     tools = [s | a for s, a in zip(self._sync_tool_dicts, self._async_tool_dicts)] if self.tools else [{}] * n
     (noise, first), mode = self._noise(n), "train" if self.model.training else "eval"   # asked before the model leaves training mode
     sample, together = super(Rolling, self)._generate_single_turn, None

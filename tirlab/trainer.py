@@ -26,6 +26,7 @@ from .collapse import CollapseMonitor
 from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
 from .demonstrations import demonstrate, is_whole
 from .drift import assert_masks
+from .engines import context_of
 from .environments import check_tool
 from .filters import filtered_mask, loss_tokens, overlong
 from .formats import make_format, tool_schemas
@@ -112,7 +113,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
             self.supervision = supervision or []
-            check_supervision(self.supervision, args, train_dataset, self.engine_name, getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31), self._tokenizer)
+            check_supervision(self.supervision, args, train_dataset, self.engine_name, context_of(self.model), self._tokenizer)
             if self.environment_factories: self._env_tools = {name: tool_schemas(tools) for name, tools in self._env_tools.items()}   # TRL makes them anew for every row
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
@@ -253,7 +254,7 @@ def _show(self: TIRTrainer, rows):
     if not any(isinstance(s, AuxiliarySFT) for s in self.supervision): return []
     tasks = {task_name(row): row for row in rows}
     if new := [name for name in tasks if name not in self._shown]:
-        limits = rollout_limits(self.args, getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31), bool(self.tools))
+        limits = rollout_limits(self.args, context_of(self.model), bool(self.tools))
         self._shown |= zip(new, demonstrate([tasks[name] for name in new], self._tokenizer, *self._offered, self.args.call_format, limits, self.args.answer_template.format,
                                               end_tokens=self.eos_token_ids, chat_template=self.chat_template, template_kwargs=self.chat_template_kwargs))
     return [self._shown[name] for name in tasks if is_whole(self._shown[name])]
