@@ -9,6 +9,7 @@ __all__ = ['RolloutLimits', 'abandoned_tools', 'in_thread', 'told', 'run_call', 
 import asyncio, inspect, os, threading, time
 from contextlib import nullcontext, suppress
 from contextvars import Context
+from copy import deepcopy
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Callable
@@ -123,7 +124,7 @@ async def run_call(
     if tool is None: return told(call.name, f"Tool {call.name} not found.", limits, ToolError.UNKNOWN)
     try:
         if inspect.iscoroutinefunction(tool): text, problem = await _in_time(_await(tool, call.arguments, loop), slots, limits.tool_seconds)
-        else: text, problem = await in_thread(lambda: _words(lambda: tool(**call.arguments)), slots, limits.tool_seconds, limits.abandoned_tools)
+        else: text, problem = await in_thread(lambda: _words(lambda: tool(**deepcopy(call.arguments))), slots, limits.tool_seconds, limits.abandoned_tools)
     except TimeoutError:
         return told(call.name, f"timed out after {limits.tool_seconds} s", limits, ToolError.TIMEOUT, time.perf_counter() - start)
     if isinstance(problem, SandboxFault): raise problem   # not the model's doing, so it must not read of it
@@ -134,7 +135,7 @@ async def run_call(
 async def _await(tool, arguments, loop):
     "What a coroutine tool returns as text, or what it raised; run on its own loop if it has one."
     async def go():
-        try: return str(await tool(**arguments)), None
+        try: return str(await tool(**deepcopy(arguments))), None
         except SandboxFault as e: return None, e
         except asyncio.CancelledError as e:
             if asyncio.current_task().cancelling(): raise   # ours: a timeout or an interruption

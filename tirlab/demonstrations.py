@@ -93,7 +93,7 @@ def call_ids(
     turns = [turn_ids({"role": "assistant", "content": "", "tool_calls": functions}, format)] * isinstance(format, ChatFormat)
     try: turns.append(_said_ids(syntax_of(format.syntax).render(calls), format))
     except ValueError: pass   # the template may be able to
-    prompt = format.prompt([{"role": "user", "content": "dummy"}])
+    prompt = replace(format, tools=[]).prompt([{"role": "user", "content": "dummy"}])   # where a turn begins is all that parsing asks of it
     for ids in filter(None, turns):
         read = format.parse(ids, prompt)[1]
         if len(read) == len(calls) and all(map(_alike, calls, read)): return ids
