@@ -6,7 +6,7 @@
 __all__ = ['read_trl_file', 'read_verl_file', 'find_records', 'import_traces']
 
 # %% ../nbs/35_imports.ipynb #dc782978
-import re
+import os, re
 from collections import Counter
 from pathlib import Path
 from typing import Callable
@@ -75,7 +75,7 @@ def find_records(
     "Files of a known format. Raises: RunError if there are none, or those of two."
     source = Path(source)
     if not source.exists(): raise RunError(f"There is nothing at {source}: check the path.")
-    files = [source] if source.is_file() else sorted((f for f in source.rglob("*") if f.is_file() and not f.name.startswith(".")), key=_order)
+    files = [source] if source.is_file() else sorted((Path(d)/f for d, _, inside in os.walk(source) for f in inside if not f.startswith(".")), key=_order)
     found = {kind: some for kind, (name, _) in _KINDS.items() if (some := [f for f in files if f.match(name)])}
     if any(f.parent.name == "all" for f in found.get("verifiers", [])): found["verifiers"] = [f for f in found["verifiers"] if f.parent.name != "effective"]   # a part of the others
     if len(found) == 1: return next(iter(found.items()))

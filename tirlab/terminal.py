@@ -58,7 +58,7 @@ def _cell(x) -> str:
 def _table(frame, names: dict) -> Table:
     "Columns of a frame under their titles."
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in names.values(): table.add_column(title, overflow="ellipsis", no_wrap=True)
+    for name, title in names.items(): table.add_column(title, overflow="ellipsis", no_wrap=True, min_width=max(map(len, frame.id)) if name == "id" and len(frame) else None)
     for values in frame[list(names)].itertuples(index=False): table.add_row(*map(Text, map(_cell, values)))
     return table
 
