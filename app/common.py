@@ -1,36 +1,106 @@
-"""What the pages share: the run, its status as a badge, and one way of saying that something is missing."""
+"""What the pages share: the run, its status as a badge, links from page to page, bookmarks, and one way of saying that something is missing."""
+import html
+import re
 import sys
 import time
+from pathlib import Path
 
 import streamlit as st
 
+from tirlab.annotations import bookmark, read_bookmarks
 from tirlab.traces import Run, RunError, open_run
 
 STATUS = {   # status -> icon, colour, what it means
     "running": (":material/play_circle:", "green", "running"),
     "finished": (":material/check_circle:", "blue", "finished"),
     "interrupted": (":material/stop_circle:", "orange", "interrupted"),
-    "failed": (":material/error:", "red", "failed"),
-    "stalled": (":material/hourglass_disabled:", "orange", "no sign of life"),
+    "failed": (":material/error:", "red", "crashed"),
+    "stalled": (":material/hourglass_disabled:", "orange", "stalled: no sign of life"),
 }
+NOTHING_YET = "No trajectory was written yet. They appear here as soon as the first step is done."
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _open(path: str) -> Run:
+@st.cache_resource(max_entries=16, show_spinner=False)
+def open_cached(path: str) -> Run:
+    "A run folder, opened once for all pages and readers."
     return open_run(path)
 
 
+def run_name(path: Path) -> str:
+    "What a run is called: its folder; a folder named by the clock alone says nothing, so the one above goes along."
+    return f"{path.parent.name}/{path.name}" if re.fullmatch(r"run-\d{8}-\d{6}(-\d+)?", path.name) else path.name
+
+
+def run_paths() -> dict[str, str]:
+    "Name -> folder of each run this app was started for; of two with one name the second is told by its whole path."
+    found = {}
+    for path in dict.fromkeys(Path(p).resolve() for p in sys.argv[1:]):
+        found[str(path) if run_name(path) in found else run_name(path)] = str(path)
+    return found
+
+
 def the_run() -> Run:
-    "The run this app was started for. Stops the page with a plain sentence if there is none."
+    "The run that is looked at. Stops the page with a plain sentence if there is none."
+    paths = run_paths()
     try:
-        if len(sys.argv) < 2:
+        if not paths:
             raise RunError("No run folder was given: start the app with `tirlab app RUN`.")
-        run = _open(sys.argv[1])
+        run = open_cached(paths.get(chosen_run(), next(iter(paths.values()))))
         run.meta()
     except RunError as e:
-        _open.clear()
+        open_cached.clear()
         stop(str(e), ":material/folder_off:")
     return run
+
+
+def chosen_run() -> str:
+    "Name of the run that is looked at; the address decides, then what was chosen before."
+    paths = run_paths()
+    for name in (st.query_params.get("run"), st.session_state.get("chosen run")):
+        if name in paths:
+            st.session_state["chosen run"] = name
+            return name
+    return next(iter(paths), "")
+
+
+def choose_run():
+    "With several runs: a box to choose one of them, above each page."
+    if len(paths := run_paths()) > 1:
+        def turn():
+            name = st.session_state["run box"]
+            st.session_state["chosen run"] = name
+            st.query_params.clear()
+            st.query_params["run"] = name
+        names = list(paths)
+        st.session_state["run box"] = chosen_run()
+        st.selectbox("Run", names, key="run box", on_change=turn, label_visibility="collapsed", width=420)
+
+
+def params(**values) -> dict[str, str]:
+    "Query of a page: what is not None, and the run where there are several."
+    mine = {"run": chosen_run()} if len(run_paths()) > 1 else {}
+    return mine | {k: str(v) for k, v in values.items() if v is not None}
+
+
+def go_to(page: str, **query):
+    "Turn to a page: `go_to('steps', step=3)`."
+    st.switch_page(f"{page}.py", query_params=params(**query))
+
+
+def link(page: str, label: str, icon: str | None = None, help: str | None = None, **query):
+    "A link to a page: `link('steps', 'Step 3', step=3)`."
+    st.page_link(f"{page}.py", label=plain(label), icon=icon, help=help, query_params=params(**query), width="content")
+
+
+def link_trajectory(id: str, label: str | None = None, **query):
+    "A link to a trajectory; `metric`, `turn` and `token` say where in it."
+    link("trajectory", label or id, icon=":material/forum:", id=id, **query)
+
+
+def ready(page: str, **facts):
+    "A mark for whoever waits for the page: `.tirlab-ready[data-page=...]`, with facts such as data-step."
+    told = "".join(f' data-{k}="{html.escape(str(v))}"' for k, v in facts.items())
+    st.html(f'<span class="tirlab-ready" data-page="{page}"{told}></span>')
 
 
 def stop(text: str, icon: str = ":material/info:"):
@@ -44,6 +114,12 @@ def plain(text: str) -> str:
     return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|~<>$:&" else c for c in text)
 
 
+def number(name: str) -> int | None:
+    "A whole number from the address of the page, None if there is none."
+    text = st.query_params.get(name, "")
+    return int(text) if text.isdigit() and len(text) < 12 else None
+
+
 def span(seconds: float) -> str:
     "A span of time in words: 5 s, 3 min, 2 h, 4 days."
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
@@ -55,10 +131,49 @@ def span(seconds: float) -> str:
 def badge(run: Run) -> str:
     "Show how the run is, and return its status."
     meta, status = run.meta(), run.status()
-    icon, color, words = STATUS.get(status, (":material/help:", "gray", status))
+    icon, color, words = STATUS.get(status, (":material/help:", "gray", plain(str(status))))
     beat = meta.get("heartbeat", meta.get("created", 0))
     heard = "last sign of life" if status in ("running", "stalled") else "ended"
-    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+    with st.container(horizontal=True, vertical_alignment="center", gap="small", width="content"):
         st.badge(words, icon=icon, color=color)
         st.caption(f"step {meta.get('step', 0)} · {heard} {span(time.time() - beat)} ago", width="content")
     return status
+
+
+def watch(run: Run, seen):
+    "While the run goes on, draw the page anew as soon as `seen()` is something else than now. The tick itself draws nothing, so nothing flickers and no click is lost."
+    was = seen()
+
+    def tick():
+        if seen() != was:
+            st.rerun()
+    st.fragment(tick, run_every=.5 if run.status() in ("running", "stalled") else None)()
+
+
+def bookmarks(run: Run) -> dict[str, dict]:
+    "The bookmarks of a run; a sentence where they cannot be read."
+    try:
+        return read_bookmarks(run.path)
+    except RunError as e:
+        st.warning(plain(str(e)), icon=":material/bookmark_remove:")
+        return {}
+
+
+def bookmark_button(run: Run, id: str, view: str = ""):
+    "A small form to mark a trajectory with a note, or to take the mark away."
+    kept = bookmarks(run)
+
+    def keep(note):
+        try:
+            bookmark(run.path, id, note, view)
+        except RunError as e:
+            st.session_state["bookmark trouble"] = str(e)
+    with st.popover("Bookmarked" if id in kept else "Bookmark", icon=":material/bookmark_added:" if id in kept else ":material/bookmark_add:"):
+        key = f"note of {id}"
+        st.text_area("Note, kept in the run folder", kept.get(id, {}).get("note", ""), key=key)
+        with st.container(horizontal=True):
+            st.button("Keep", key=f"keep {id}", type="primary", on_click=lambda: keep(st.session_state[key]))
+            if id in kept:
+                st.button("Remove", key=f"remove {id}", on_click=lambda: keep(None))
+    if trouble := st.session_state.pop("bookmark trouble", None):
+        st.warning(plain(trouble), icon=":material/bookmark_remove:")

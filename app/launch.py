@@ -1,4 +1,4 @@
-"""Starts the app for a run folder, on this machine only."""
+"""Starts the app for one or several run folders, on this machine only."""
 import importlib.util
 import os
 import signal
@@ -25,8 +25,13 @@ def free_port() -> int:
     raise RunError("No free port was found on 127.0.0.1: name one with --port.")
 
 
+def folders(run_path: str | Path | list) -> list[Path]:
+    "Run folders as absolute paths."
+    return [Path(p).resolve() for p in (run_path if isinstance(run_path, (list, tuple)) else [run_path])]
+
+
 def command(
-    run_path: str | Path,     # a run folder
+    run_path: str | Path | list,   # a run folder, or several
     port: int,                # port on 127.0.0.1
     headless: bool = False,   # do not open a browser
 ) -> list[str]:               # arguments of the process
@@ -37,16 +42,17 @@ def command(
                "browser.serverAddress": "127.0.0.1", "client.toolbarMode": "minimal", "client.showErrorLinks": "false",
                "theme.light.primaryColor": "#2F6FB0", "theme.dark.primaryColor": "#5AA2E0"}
     flags = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "streamlit", "run", str(MAIN), *flags, "--", str(Path(run_path).resolve())]
+    return [sys.executable, "-m", "streamlit", "run", str(MAIN), *flags, "--", *map(str, folders(run_path))]
 
 
 def launch(
-    run_path: str | Path,       # a run folder
+    run_path: str | Path | list,   # a run folder, or several; the first is shown first
     port: int | None = None,    # port on 127.0.0.1; None picks a free one
     headless: bool = False,     # do not open a browser
 ) -> int:                       # exit code of the server, 0 after Ctrl-C
-    "Serve the app until it is stopped. Raises: RunError if the folder is no run, the port is taken, or streamlit is missing."
-    open_run(run_path)
+    "Serve the app until it is stopped. Raises: RunError if a folder is no run, the port is taken, or streamlit is missing."
+    for folder in folders(run_path):
+        open_run(folder)
     if importlib.util.find_spec("streamlit") is None:
         raise RunError('The app needs streamlit: pip install "tirlab[app]".')
     if port is not None:

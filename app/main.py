@@ -1,11 +1,23 @@
-"""The app: `streamlit run main.py -- RUN`, or `tirlab app RUN`. Reads a run folder and nothing else."""
+"""The app: `streamlit run main.py -- RUN [RUN ...]`, or `tirlab app RUN`. Reads run folders and nothing else; writes bookmarks."""
 import streamlit as st
+
+from tirlab.app.common import choose_run, stop
+from tirlab.traces import RunError
 
 st.set_page_config(page_title="tirlab", page_icon=":material/timeline:", layout="wide")
 pages = [
     st.Page("overview.py", title="Overview", icon=":material/monitoring:", url_path="overview", default=True),
-    st.Page("trajectories.py", title="Trajectories", icon=":material/list:", url_path="trajectories"),
+    st.Page("steps.py", title="Steps", icon=":material/stacks:", url_path="steps"),
+    st.Page("trajectories.py", title="Search", icon=":material/search:", url_path="trajectories"),
     st.Page("trajectory.py", title="Trajectory", icon=":material/forum:", url_path="trajectory"),
+    st.Page("control.py", title="Control tokens", icon=":material/tune:", url_path="control"),
+    st.Page("compare.py", title="Compare", icon=":material/compare_arrows:", url_path="compare"),
+    st.Page("dropped.py", title="Dropped", icon=":material/filter_alt_off:", url_path="dropped"),
 ]
-st.html("<style>.stMainBlockContainer{padding-top:4.2rem;padding-bottom:3rem}</style>")
-st.navigation(pages, position="top").run()
+st.html("<style>.stMainBlockContainer{padding:4.2rem 2.2rem 3rem}.stMainBlockContainer [data-testid=stMetric]{padding:.4rem .8rem}[data-testid=stMetricValue]{font-size:1.6rem}[data-stale=true]{opacity:1!important;transition:none!important}</style>")
+page = st.navigation(pages, position="top")
+choose_run()
+try:
+    page.run()
+except RunError as e:   # a file of the run cannot be read: the other pages may still work
+    stop(str(e), ":material/broken_image:")

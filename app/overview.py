@@ -1,71 +1,130 @@
-"""How the run is doing: status, last numbers, curves, and how trajectories end. Follows a run that is going on."""
+"""How the run is doing: status, last numbers, alarms, and nine panels over the steps. Follows a run that is going on; a click leads to the step."""
 from pathlib import Path
 
 import streamlit as st
 
-from tirlab.app.common import badge, plain, span, the_run
-from tirlab.plots import outcomes, training_curves
+from tirlab.annotations import read_alarms, taught
+from tirlab.app.common import badge, go_to, link, link_trajectory, plain, ready, run_name, run_paths, span, the_run, watch
+from tirlab.run_plots import overview
 
 TILES = {   # metric -> title, format, what it is
     "reward": ("Reward", "%.3f", "Mean over the trajectories of the step"),
+    "positive": ("Success", "percent", "Share of the trajectories of the step with a reward above 0"),
     "tools/call_frequency": ("Calls a trajectory", "%.2f", "Tool calls, mean over the trajectories of the step"),
     "tools/failure_frequency": ("Failed calls", "percent", "Share of the tool calls of the step that failed"),
+    "probe/void_rate": ("Void turns", "percent", "Share of the turns of the step that neither call nor answer"),
     "entropy": ("Entropy", "%.3f", "Of the next-token distribution, mean over tokens, in nats"),
     "completions/mean_length": ("Tokens", "%.0f", "Length of a completion, mean over the trajectories of the step"),
 }
-CHART = {"displayModeBar": False}
+SHOWN = 3   # alarms that are shown at once
 
 run = the_run()
 meta = run.meta()
-model = str(meta.get("model") or "unknown model")
-st.subheader(plain(run.path.resolve().name), anchor=False)
-st.caption(plain(f"{Path(model).name if Path(model).is_absolute() else model} · {run.path.resolve()}"))
+ticking = run.status() in ("running", "stalled")
 
 
-def tiles(metrics):
-    "The last value of each number, how it changed over the last tenth of the run, and its course."
+def head():
+    "Which run, and how it is."
+    model, name = str(meta.get("model") or "unknown model"), run_name(run.path.resolve())
+    if len(run_paths()) < 2:   # else it is named above
+        st.subheader(plain(name), anchor=False)
+    with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
+        st.fragment(lambda: badge(run), run_every=5.0 if ticking else None)()
+        st.caption(plain(f"{Path(model).name if Path(model).is_absolute() else model} · {run.path.resolve()}"), width="content")
+    status = run.status()
+    if meta.get("error"):
+        st.error(plain(str(meta["error"])), icon=":material/error:")
+    elif status == "interrupted":
+        st.caption(f"Stopped at step {meta.get('step', 0)} before it was done. What it wrote until then is here.")
+    elif status == "stalled":
+        st.caption("It says that it is running, but has not been heard of for a while: a very long step, or its process died.")
+
+
+def tiles(metrics, steps):
+    "The last value of each number, and how it changed over the last tenth of the run."
     train = metrics[metrics.split == "train"]
+    if len(steps):
+        train = train.merge(steps.loc[steps.split == "train", ["step", "positive"]], on="step", how="outer") if len(train) else steps
     shown = [name for name in TILES if name in train and train[name].notna().any()]
-    for column, name in zip(st.columns(max(len(shown), 1)), shown):
+    for column, name in zip(st.columns(max(len(shown), 1), gap="small"), shown):
         title, form, what = TILES[name]
         values = train[name].dropna()
         before = values.iloc[-1 - max(len(values) // 10, 1)] if len(values) > 1 else None
         change = None if before is None else round(float(values.iloc[-1] - before), 0 if form == "%.0f" else 4) + 0.0   # no -0
-        column.metric(title, float(values.iloc[-1]), change, format=form, delta_color="off", border=True, help=what,
-                      chart_data=values.tail(200).tolist() if len(values) > 1 else None)
+        column.metric(title, float(values.iloc[-1]), change, format=form, delta_color="off", border=True, help=what)
 
 
-def live():
-    "Everything that changes while the run goes on."
-    status, now = badge(run), run.meta()
-    if now.get("error"):
-        st.error(plain(str(now["error"])), icon=":material/error:")
-    elif status == "interrupted":
-        st.caption(f"Stopped at step {now.get('step', 0)} before it was done. What it wrote until then is here.")
-    elif status == "stalled":
-        st.caption("It says that it is running, but has not been heard of for a while: a very long step, or its process died.")
-    metrics, index = run.metrics(), run.index()
-    if metrics.empty and index.empty:
+def alarm_line(alarm):
+    "One alarm, with links to the trajectories behind it."
+    number = lambda v: "?" if v is None else f"{v:.3g}"
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.markdown(f"**Step {alarm['step']}:** `{alarm['signal'].replace('`', '')}` is {number(alarm['value'])}, usually {number(alarm['usual'])}", width="content")
+        link("steps", "the step", icon=":material/stacks:", step=alarm["step"])
+        for c in alarm["culprits"][:3]:
+            link_trajectory(c["id"], f"{c['id']}, token {c['position'] + 1}", token=c["position"])
+
+
+def banner(alarms):
+    "The newest alarms; the others folded."
+    if not alarms:
+        return
+    with st.container(border=True, key="alarms"):
+        st.markdown(f":orange-badge[:material/warning: {len(alarms)} alarm{'s' * (len(alarms) > 1)}] A signal left its usual range; what did it is linked.")
+        for alarm in alarms[:-SHOWN - 1:-1]:
+            alarm_line(alarm)
+        if len(alarms) > SHOWN:
+            with st.expander(f"{len(alarms) - SHOWN} earlier", icon=":material/history:"):
+                for alarm in alarms[-SHOWN - 1:-SHOWN - 26:-1]:
+                    alarm_line(alarm)
+
+
+def totals(steps, now):
+    "What the run amounts to."
+    counts = {name: int(steps[name].sum()) for name in ("trajectories", "calls", "failed_calls", "tokens")}
+    said = (f"{counts['trajectories']:,} trajectories · {counts['calls']:,} tool calls, {counts['failed_calls']:,} of them failed · {counts['tokens']:,} tokens"
+            f" · ran for {span(now.get('heartbeat', 0) - now.get('created', 0))}")
+    st.caption(said + (f" · {run.skipped} damaged or foreign lines were left out." if run.skipped else ""))
+
+
+def seen():
+    "What this page shows of the run; it is drawn anew when that changes."
+    return run.status(), *((len(run.metrics()), len(run.steps())) if st.session_state.get("follow", True) else ()), st.session_state.get("follow", True)
+
+
+def chosen(event) -> int | None:
+    "The step that was clicked."
+    points = event.selection.points if event else []
+    return round(points[0]["x"]) if points and isinstance(points[0].get("x"), (int, float)) else None
+
+
+def main():
+    metrics, steps, alarms = run.metrics(), run.steps(), read_alarms(run.path)
+    if metrics.empty and steps.empty:
         st.info("Nothing was logged yet. This page fills by itself as soon as the first step is done.", icon=":material/hourglass_empty:")
+        return
+    if ticking and not st.session_state.get("follow", True):   # stay where the reader let go
+        until = st.session_state.setdefault("frozen at", max(metrics.step.max(), steps.step.max()) if len(steps) else metrics.step.max())
+        metrics, steps = metrics[metrics.step <= until], steps[steps.step <= until]
     else:
-        tiles(metrics)
-        left, right = st.columns([3, 2], gap="large")
-        left.plotly_chart(training_curves(metrics), config=CHART, key="curves")
-        right.markdown("**How trajectories end**")
-        right.plotly_chart(outcomes(index[index.split == "train"]), config=CHART, key="outcomes")
-        right.caption(f"{len(index):,} trajectories · {int(index.calls.sum()):,} tool calls, {int(index.failed_calls.sum()):,} of them failed"
-                      f" · {int(index.tokens.sum()):,} tokens · ran for {span(now.get('heartbeat', 0) - now.get('created', 0))}")
-        if run.skipped:
-            right.caption(f"{run.skipped} damaged or foreign lines were left out.")
-    if status != st.session_state.setdefault("status", status):   # it ended, or came back: tick accordingly
-        st.session_state.status = status
-        st.rerun()
+        st.session_state.pop("frozen at", None)
+    banner(alarms)
+    tiles(metrics, steps)
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        st.caption("Click a point to open its step. Grey: every other round of RL. Narrow band: supervised training. Dotted: an alarm.", width="content")
+        if ticking:
+            st.toggle("Follow live", True, key="follow", persist_state="session", help="Off: the panels stay as they are while you read")
+    fig = overview(metrics, steps, taught(metrics), alarms).update_layout(uirevision="run")
+    event = st.plotly_chart(fig, config={"displayModeBar": False}, key="panels", on_select="rerun", selection_mode="points", alt="Nine panels of the run over its steps")
+    if (step := chosen(event)) is not None:
+        go_to("steps", step=step)
+    totals(steps, meta)
 
 
-ticking = run.status() in ("running", "stalled")
-st.fragment(live, run_every=1.0 if ticking else None)()
-
-with st.expander("Configuration and versions", icon=":material/tune:"):
+head()
+main()
+watch(run, seen)
+with st.expander("Configuration and versions", icon=":material/settings:"):
     left, right = st.columns(2)
     left.json(meta.get("config") or {}, expanded=1)
     right.json({k: v for k, v in meta.items() if k != "config"}, expanded=1)
+ready("overview", step=meta.get("step", 0), trajectories=int(run.steps().trajectories.sum()))

@@ -1,13 +1,19 @@
-"""Every trajectory of the run, to filter and to open."""
+"""Every trajectory of the run, to search and to open; everything that was asked for stands in the address. And what was bookmarked."""
+import time
+
+import pandas as pd
 import streamlit as st
 
-from tirlab.app.common import stop, the_run
+from tirlab.app.common import NOTHING_YET, bookmarks, go_to, link_trajectory, plain, ready, span, stop, the_run, watch
+from tirlab.run_plots import STATES
+from tirlab.search import find, find_text
 
 COLUMNS = {
     "step": st.column_config.NumberColumn("Step", format="%d", width=60),
     "group": st.column_config.NumberColumn("Group", format="%d", width=60, help="Trajectories of one prompt share it"),
     "reward": st.column_config.NumberColumn("Reward", format="%.2f", width=70),
     "prompt": st.column_config.TextColumn("Prompt", width=250),
+    "found": st.column_config.TextColumn("Found", width=320),
     "last_turn": st.column_config.TextColumn("Last turn", width=260),
     "answer": st.column_config.TextColumn("Reference", width=90),
     "stop": st.column_config.TextColumn("Stop", width=90, help="Why it ended"),
@@ -16,41 +22,77 @@ COLUMNS = {
     "failed_calls": st.column_config.NumberColumn("Failed", format="%d", width=60, help="Tool calls that failed"),
     "model_tokens": st.column_config.NumberColumn("Tokens", format="%d", width=65, help="Written by the model"),
     "mean_logprob": st.column_config.NumberColumn("Mean logprob", format="%.2f", width=100, help="Over what the model wrote, in nats"),
+    "origin": st.column_config.TextColumn("Origin", width=90),
+    "dropped": st.column_config.TextColumn("Dropped", width=120, help="Why it was left out of the loss, wholly or in part"),
     "environment": st.column_config.TextColumn("Environment", width=110),
     "split": st.column_config.TextColumn("Split", width=60),
     "id": st.column_config.TextColumn("Id", width=115),
 }
+MOST = 1000   # rows that are sent to the browser
+BOUND = {"bind": "query-params"}
 
 run = the_run()
 index = run.index()
 if index.empty:
-    stop("No trajectory was written yet. They appear here as soon as the first step is done.", ":material/hourglass_empty:")
+    watch(run, lambda: len(run.steps()))
+    stop(NOTHING_YET, ":material/hourglass_empty:")
 
 
-def choices(name: str) -> list:
-    return sorted(index[name].dropna().unique())
+@st.cache_data(max_entries=8, show_spinner=False)
+def choices(path: str, size: int, name: str) -> list:
+    "The different values of a column."
+    return sorted(str(v) for v in index[name].dropna().unique())
 
 
-def filters():
-    "The rows that are wanted."
-    wanted = index
+def words(name: str, label: str) -> list:
+    "Values of a column that are wanted, none for any."
+    options = choices(str(run.path), len(index), name)
+    return st.multiselect(label, options, key=name, width=200, placeholder="all", **BOUND) if len(options) > 1 else []
+
+
+def asked() -> dict:
+    "What is asked for, as arguments of `find`."
     first, last = int(index.step.min()), int(index.step.max())
+    rewards, found = index.reward.dropna(), {}
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        found["text"] = st.text_input("Text", key="text", width=300, icon=":material/search:", placeholder="regular expression", **BOUND,
+                                      help="In the beginnings of prompt and last turn, the reference, the id and the task; with a single step chosen, in the whole text")
         if last > first:
-            low, high = st.slider("Steps", first, last, (first, last), key="steps", width=260, persist_state="session")
-            wanted = wanted[wanted.step.between(low, high)]
-        for name, label in (("split", "Split"), ("environment", "Environment"), ("stop", "Stop")):
-            if len(options := choices(name)) > 1:
-                chosen = st.multiselect(label, options, key=name, width=230, placeholder="all", persist_state="session")
-                wanted = wanted[wanted[name].isin(chosen)] if chosen else wanted
-        rewards = index.reward.dropna()
+            found["steps"] = st.slider("Steps", first, last, (first, last), key="steps", width=230, **BOUND)
         if rewards.nunique() > 1:
             low, high = float(rewards.min()), float(rewards.max())
-            chosen = st.slider("Reward", low, high, (low, high), key="reward", width=220, persist_state="session")
-            wanted = wanted if chosen == (low, high) else wanted[wanted.reward.between(*chosen)]
-        if st.toggle("Failed calls only", key="failed", persist_state="session"):
-            wanted = wanted[wanted.failed_calls > 0]
-    return wanted.sort_values(["step", "split", "group", "id"], ascending=[False, True, True, True], ignore_index=True)
+            chosen = st.slider("Reward", low, high, (low, high), key="reward", width=180, **BOUND)
+            found["reward"] = None if chosen == (low, high) else chosen
+        for name, label in (("stop", "Stop"), ("split", "Split"), ("origin", "Origin"), ("environment", "Environment")):
+            found[name] = words(name, label)
+        found["kinds"] = st.multiselect("Turn kind", list(STATES), key="kinds", format_func=lambda k: k.replace("_", " "), width=200, placeholder="all", **BOUND)
+        found["failed"] = st.toggle("Tool errors", key="failed", help="A tool call failed", **BOUND)
+        found["dropped"] = st.toggle("Dropped", key="dropped", help="Left out of the loss, wholly or in part", **BOUND)
+    return found
+
+
+def look(query: dict) -> pd.DataFrame:
+    "The rows that are wanted; of a single step by the whole text."
+    steps, text = query.get("steps"), query["text"]
+    if text and (index.step.nunique() == 1 or steps and steps[0] == steps[1]):
+        wanted, lost = find_text(run, find(index, **query | {"text": ""}), text)
+        if lost:
+            st.caption(plain(f"Not searched, for they cannot be read: {', '.join(lost)}"))
+        return wanted
+    return find(index, **query)
+
+
+def marked():
+    "The bookmarks of the run."
+    kept = bookmarks(run)
+    if not kept:
+        return
+    with st.expander(f"{len(kept)} bookmark{'s' * (len(kept) > 1)}", icon=":material/bookmark:", key="bookmarks"):
+        for id, mark in reversed(kept.items()):
+            with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+                view = dict(p.split("=", 1) for p in mark["view"].split("&") if "=" in p)
+                link_trajectory(id, **{k: v for k, v in view.items() if k not in ("id", "run")})
+                st.caption(plain(f"{mark['note'] or 'no note'} · {span(time.time() - mark['time'])} ago"), width="content")
 
 
 @st.fragment(run_every=2.0 if run.status() in ("running", "stalled") else None)
@@ -60,16 +102,25 @@ def news(shown: int):
         st.rerun()
 
 
-wanted = filters()
+marked()
+query = asked()
+try:
+    wanted = look(query)
+except ValueError as e:
+    stop(str(e), ":material/regular_expression:")
 with st.container(horizontal=True, vertical_alignment="center"):
-    st.caption(f"{len(wanted):,} of {len(index):,} trajectories. Click a row to open it.", width="content")
+    some = f", the newest {MOST:,} are shown" if len(wanted) > MOST else ""
+    st.caption(f"{len(wanted):,} of {len(index):,} trajectories{some}. Click a row to open it.", width="content")
     news(len(index))
 if wanted.empty:
+    ready("trajectories", shown=0)
     stop("No trajectory fits these filters.", ":material/filter_alt_off:")
 
-telling = [c for c in COLUMNS if wanted[c].notna().any() and (c not in ("split", "environment") or index[c].nunique() > 1)]
-event = st.dataframe(wanted, column_order=telling, column_config=COLUMNS, hide_index=True, height=640,
+page = wanted.head(MOST)
+telling = [c for c in COLUMNS if c in page and page[c].notna().any() and (c not in ("split", "environment", "origin") or index[c].nunique() > 1)]
+event = st.dataframe(page[telling + ["id"] * ("id" not in telling)], column_order=telling, column_config=COLUMNS, hide_index=True, height=640,
                      on_select="rerun", selection_mode="single-cell", key="table")
 cells = event.selection.cells
-if cells and cells[0][0] < len(wanted):
-    st.switch_page("trajectory.py", query_params={"id": wanted.id.iloc[cells[0][0]]})
+if cells and cells[0][0] < len(page):
+    go_to("trajectory", id=page.id.iloc[cells[0][0]])
+ready("trajectories", shown=len(wanted))

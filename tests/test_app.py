@@ -16,7 +16,7 @@ from tirlab.app.launch import command, free_port, launch
 from tirlab.traces import RunError, RunWriter, trace_id
 
 APP = Path(tirlab.app.__file__).parent
-PAGES = ("overview.py", "trajectories.py", "trajectory.py")
+PAGES = ("overview.py", "steps.py", "trajectories.py", "trajectory.py", "control.py", "compare.py", "dropped.py")
 
 
 def app(monkeypatch, run, page="overview.py", **query):
@@ -48,26 +48,26 @@ def test_no_run_is_one_plain_sentence(tmp_path, monkeypatch, page, run, says):
     assert says in test.info[0].value.replace("\\", "") and len(test.info) == 1 and not test.error
 
 
-@pytest.mark.parametrize("page, says", zip(PAGES, ["Nothing was logged yet", "No trajectory was written", "No trajectory was written"]))
-def test_empty_run(tmp_path, monkeypatch, page, says):
+@pytest.mark.parametrize("page", PAGES)
+def test_empty_run(tmp_path, monkeypatch, page):
     RunWriter(tmp_path / "run", {"model": "tiny"})
     test = app(monkeypatch, tmp_path / "run", page)
-    assert says in test.info[0].value
+    assert {"overview.py": "Nothing was logged yet", "compare.py": "None of these runs has logged"}.get(page, "No trajectory was written") in test.info[0].value
 
 
 def test_overview(tmp_path, monkeypatch):
     make_run(tmp_path / "run", steps=4)
     test = app(monkeypatch, tmp_path / "run")
-    assert [m.label for m in test.metric] == ["Reward", "Calls a trajectory", "Failed calls", "Entropy", "Tokens"]
+    assert [m.label for m in test.metric] == ["Reward", "Success", "Calls a trajectory", "Failed calls", "Entropy", "Tokens"]
     assert "finished" in words(test) and "32 trajectories" in words(test)
-    assert len(test.get("plotly_chart")) == 2
+    assert len(test.get("plotly_chart")) == 1
 
 
 @pytest.mark.parametrize("status, error, says", [("interrupted", None, "before it was done"), ("failed", "out of *memory*", r"out of \*memory\*")])
 def test_runs_that_ended_early(tmp_path, monkeypatch, status, error, says):
     make_run(tmp_path / "run", steps=2, status=status, error=error)
     test = app(monkeypatch, tmp_path / "run")
-    assert status in words(test) and says in words(test) and len(test.metric) == 5
+    assert {"failed": "crashed"}.get(status, status) in words(test) and says in words(test) and len(test.metric) == 6
 
 
 def test_a_silent_run_says_so(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_what_a_policy_writes_is_never_markup(tmp_path, monkeypatch):
     writer.close("failed", EVIL)
     for page in PAGES:
         test = app(monkeypatch, tmp_path / "run", page, **({"id": row.id} if page == "trajectory.py" else {}))
-        assert not re.search(r"(?<!\\)<(img|script)", words(test)) and ("img src" in words(test)) == (page != "trajectories.py")
+        assert not re.search(r"(?<!\\)<(img|script)", words(test)) and ("img src" in words(test)) == (page in ("overview.py", "steps.py", "trajectory.py"))
 
 
 def test_launch_refuses_in_one_sentence(tmp_path):
@@ -184,7 +184,7 @@ def test_in_a_browser(tmp_path):
             expect(page.get_by_text("16 trajectories")).to_be_visible(timeout=60_000)
             add_steps(writer, [3])
             expect(page.get_by_text("24 trajectories")).to_be_visible(timeout=20_000)      # it follows by itself
-            page.get_by_role("link", name="Trajectories").first.click()
+            page.get_by_role("link", name="Search").first.click()
             grid = page.locator(".stDataFrameGlideDataEditor").first
             expect(grid).to_be_visible()
             page.wait_for_timeout(500)

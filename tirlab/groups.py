@@ -75,10 +75,10 @@ def spark_html(
     "Numbers along a rollout as a row of bars."
     parts = np.array_split(np.asarray(values, "float64"), min(bins, len(values))) if len(values) else []
     tops = [np.nan if np.isnan(p).all() else np.nanmax(p) for p in parts]
-    bar = lambda v: "<b></b>" if np.isnan(v) else f'<b style="height:{max(min(v / high, 1), .04):.0%}"></b>'
+    bar = lambda v: "<b></b>" if np.isnan(v) else f'<b style="height:{max(min(v / high, 1), 0) ** .5:.0%}"></b>'
     most = np.nanmax(values) if len(values) and not np.isnan(values).all() else None
     told = f"{what}: " + (f"at most {most:.3g}" if most is not None else "not measured")
-    return f'<div class="spark" role="img" title="{told}; full height is {high:g}" aria-label="{told}">{"".join(map(bar, tops))}</div>'
+    return f'<div class="spark" role="img" title="{told}; full height is {high:g}, half of it a quarter" aria-label="{told}">{"".join(map(bar, tops))}</div>'
 
 # %% ../nbs/33d_groups.ipynb #72395a26
 def parting(
@@ -129,7 +129,7 @@ def _style():
 .gr .text{font:12.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere;max-height:230px;overflow:auto}
 .gr .o{opacity:.6}.gr i{font-style:normal;opacity:.42}.gr ins{background:rgba(0,114,178,.24);text-decoration:none;border-radius:2px}
 .gr del{background:rgba(213,94,0,.22);opacity:.85;border-radius:2px}
-.gr .legend{display:flex;gap:14px;flex-wrap:wrap;font-size:12px;align-items:center}.gr .legend b{display:inline-block;width:14px;height:11px;border-radius:2px;margin-right:5px;vertical-align:-1px}
+.gr.legend{display:flex;gap:14px;flex-wrap:wrap;font-size:12px;align-items:center}.gr.legend b{display:inline-block;width:14px;height:11px;border-radius:2px;margin-right:5px;vertical-align:-1px}
 KINDS</style>""".replace("KINDS", kinds)
 
 GROUP_STYLE = _style()
@@ -137,7 +137,7 @@ GROUP_STYLE = _style()
 def group_legend() -> str:
     "What colours mean in the cards of a group."
     kinds = "".join(f'<span><b class="k-{k}"></b>{k.replace("_", " ")}</span>' for k in STATES)
-    return f'{GROUP_STYLE}<div class="gr legend">{kinds}<span><b class="k-tool"></b>answer of the tool</span><span><b style="background:rgb(128,90,213)"></b>entropy, 0 to 3 nats</span><span><ins>only here</ins></span><span><del>only in the best</del></span></div>'
+    return f'{GROUP_STYLE}<div class="gr legend">{kinds}<span><b class="k-tool"></b>answer of the tool</span><span><b style="background:rgb(128,90,213)"></b>entropy, 0 to 3 nats, as a square root</span><span><ins>only here</ins></span><span><del>only in the best</del></span></div>'
 
 def rollout_html(
     row: TraceRow,    # a rollout

@@ -132,7 +132,7 @@ def overview(
     titles = [t for _, t in panels] + ["Control tokens, where written"] * bool(tokens) + [title for title, *_ in stacks]
     if not titles: return nothing_yet("No metrics were logged yet.")
     rows = -(-len(titles) // columns)
-    fig = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=.26 / rows, horizontal_spacing=.04)
+    fig = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=.33 / rows, horizontal_spacing=.04)
     place = lambda i: dict(row=i // columns + 1, col=i % columns + 1)
     for i, (name, title) in enumerate(panels):
         _line(fig, _series(both, name), title.split(":")[0].split(",")[0], COLORS[0], place(i))
@@ -141,7 +141,7 @@ def overview(
         _line(fig, _series(metrics, f"probe/{token}/sampled_mean"), token, COLORS[j % len(COLORS)], place(len(panels)), showlegend=True, legend="legend")
     first = len(panels) + bool(tokens)
     for i, (_, counts, colors) in enumerate(stacks): _stack(fig, shares(counts), colors, f"legend{first + i + 1}", place(first + i))
-    _layout(fig, len(titles), columns, 165, both[both.split != "sft"].step)
+    _layout(fig, len(titles), columns, 172, both[both.split != "sft"].step)
     for here in range(len(panels), len(titles)): _share_axis(fig, here, "legend" if tokens and here == len(panels) else f"legend{here + 1}", place(here))
     _marks(fig, len(titles), list(rounds), list(alarms), both.step.max())
     return fig
@@ -189,7 +189,7 @@ def control_quantiles(
     train = metrics[metrics.split == "train"]
     if not tokens: return nothing_yet("Control tokens were not probed in this run.")
     titles = [f"{t}, {where}" for t in tokens for where in PLACES.values()]
-    fig = make_subplots(len(tokens), len(PLACES), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=.025, vertical_spacing=.3 / len(tokens))
+    fig = make_subplots(len(tokens), len(PLACES), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=.025, vertical_spacing=.33 / len(tokens))
     for i, token in enumerate(tokens):
         for j, where in enumerate(PLACES): _band(fig, train, f"probe/{token}/{where}", COLORS[i % len(COLORS)], dict(row=i + 1, col=j + 1))
     _layout(fig, len(titles), len(PLACES), 170, train.step).update_layout(showlegend=False)
@@ -214,7 +214,7 @@ def compare(
     shown = {name: title for name, title in panels.items() if any(len(_series(m, name)) for m in runs.values())}
     if not shown: return nothing_yet("None of these runs logged any of these metrics.")
     rows = -(-len(shown) // columns)
-    fig = make_subplots(rows, columns, subplot_titles=list(shown.values()), vertical_spacing=.24 / rows, horizontal_spacing=.055)
+    fig = make_subplots(rows, columns, subplot_titles=list(shown.values()), vertical_spacing=.33 / rows, horizontal_spacing=.055)
     for i, name in enumerate(shown):
         place = dict(row=i // columns + 1, col=i % columns + 1)
         for j, (run, m) in enumerate(runs.items()):

@@ -1,0 +1,111 @@
+"""Several runs over one another, what they were told differently, and one prompt through all steps."""
+from pathlib import Path
+
+import streamlit as st
+
+from tirlab.annotations import config_diff
+from tirlab.app.common import NOTHING_YET, chosen_run, go_to, open_cached, plain, ready, run_name, run_paths, stop, the_run
+from tirlab.run_plots import compare, task_rewards
+from tirlab.traces import RunError
+
+METRICS = {"reward": "Reward", "entropy": "Entropy, nats a token", "grad_norm": "Gradient norm", "rollout/turns": "Turns a rollout", "probe/void_rate": "Void turns",
+           "tools/call_frequency": "Calls a trajectory", "tools/failure_frequency": "Failed calls", "completions/mean_length": "Tokens a completion"}
+SIBLINGS, TASKS = 40, 300   # folders beside the run, tasks to choose from: at most
+
+run = the_run()
+
+
+@st.cache_data(ttl=20, show_spinner=False)
+def beside(path: str) -> dict[str, str]:
+    "Name -> folder of the runs in the folder above, the newest first."
+    here = Path(path).resolve()
+    lone = run_name(here) != here.name   # a run by the clock in an output folder of its own: the others are in the folders beside that
+    found = [*here.parent.glob("*/meta.json"), *(here.parent.parent.glob("*/run-*/meta.json") if lone else ())]
+    newest = sorted(dict.fromkeys(found), key=lambda p: -p.stat().st_mtime)[:SIBLINGS]
+    return {run_name(p.parent): str(p.parent) for p in newest if p.parent != here}
+
+
+def opened() -> dict:
+    "Name -> run, of those that were chosen; the one looked at is always there."
+    known = {chosen_run(): str(run.path)} | run_paths() | {k: v for k, v in beside(str(run.path)).items() if v not in run_paths().values()}
+    others = [name for name in known if name != chosen_run()]
+    told = [name for name in run_paths() if name != chosen_run()]
+    chosen = st.multiselect("Compared with", others, default=told or others[:1], key="with", bind="query-params", placeholder="choose runs",
+                            help="The runs this app was started for, and those in the same folder") if others else []
+    runs = {}
+    for name in [chosen_run(), *chosen]:
+        try:
+            runs[name] = open_cached(known[name])
+            runs[name].meta()
+        except RunError as e:
+            runs.pop(name, None)
+            st.caption(plain(str(e)))
+    if not others:
+        st.caption("There is no other run in the folder above; start the app with several: `tirlab app RUN RUN`.")
+    return runs
+
+
+def curves(runs):
+    "The metrics of all runs."
+    logged = {name: r.metrics() for name, r in runs.items()}
+    names = sorted({c for m in logged.values() for c in m if c not in ("step", "time", "split") and m[c].notna().any()})
+    if not names:
+        st.info("None of these runs has logged anything yet.", icon=":material/hourglass_empty:")
+        return
+    usual = [m for m in METRICS if m in names][:4] or names[:2]
+    chosen = st.multiselect("Metrics", names, default=usual, key="metrics", bind="query-params") or usual
+    st.plotly_chart(compare(logged, {m: METRICS.get(m, m) for m in chosen}), config={"displayModeBar": False}, key="curves", alt="Metrics of several runs")
+
+
+def differences(runs):
+    "What was set differently."
+    if len(runs) < 2:
+        return
+    table = config_diff({name: r.meta() for name, r in runs.items()})
+    with st.expander(f"{len(table)} setting{'s' * (len(table) != 1)} differ" if len(table) else "The same settings", icon=":material/difference:", expanded=0 < len(table) <= 12):
+        if len(table):
+            st.dataframe(table, width="stretch", height=min(38 + 35 * len(table), 430), column_config={"_index": st.column_config.TextColumn("Setting", width=260)})
+        else:
+            st.caption("Model, settings and versions are equal; what differs is chance, or the code.")
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def tasks_of(path: str, size: int, _index) -> dict[str, str]:
+    "Task -> its prompt, of those that came back, the most frequent first."
+    known = _index[_index.task.notna()]
+    by = known.groupby("task", sort=False).agg(steps=("step", "nunique"), prompt=("prompt", "first"))
+    by = by[by.steps > 1].sort_values("steps", ascending=False, kind="stable").head(TASKS)
+    return {task: f"{prompt}  ({steps} steps)" for task, steps, prompt in by.itertuples()}
+
+
+def one_prompt(runs):
+    "The same prompt through training."
+    indices = {name: r.index() for name, r in runs.items()}
+    tasks = {}
+    for name, index in indices.items():
+        tasks = tasks | tasks_of(str(runs[name].path), len(index), index)
+    st.markdown("##### One prompt through all steps")
+    if (asked := st.query_params.get("task")) and asked not in tasks:   # a link to one that did not come back
+        tasks = tasks | {asked: asked}
+    if not tasks:
+        st.caption("No prompt came back in a later step so far, or prompts have no names in this run.")
+        return
+    task = st.selectbox("Prompt", list(tasks), format_func=tasks.get, key="task", bind="query-params", label_visibility="collapsed")
+    rows = {name: index[index.task == task] for name, index in indices.items()}
+    st.plotly_chart(task_rewards(rows), config={"displayModeBar": False}, key="task rewards", alt="Rewards of one prompt by step")
+    first = rows[chosen_run()] if chosen_run() in rows else next(iter(rows.values()))
+    shown = first.sort_values(["step", "id"], ignore_index=True)[["step", "reward", "last_turn", "stop", "turns", "calls", "origin", "id"]]
+    st.caption(f"Its {len(shown)} rollouts in {plain(chosen_run())}. Click a row to open it.")
+    event = st.dataframe(shown, hide_index=True, height=min(38 + 35 * len(shown), 320), on_select="rerun", selection_mode="single-cell", key="task table",
+                         column_config={"last_turn": st.column_config.TextColumn("Last turn", width=420), "reward": st.column_config.NumberColumn("Reward", format="%.2f")})
+    if (cells := event.selection.cells) and cells[0][0] < len(shown):
+        go_to("trajectory", id=shown.id.iloc[cells[0][0]])
+
+
+runs = opened()
+if not runs:
+    stop(NOTHING_YET, ":material/hourglass_empty:")
+curves(runs)
+differences(runs)
+one_prompt(runs)
+ready("compare", runs=len(runs))

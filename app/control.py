@@ -1,0 +1,64 @@
+"""Control tokens over training: how likely each was where it belongs and where it does not, and the places that stand out."""
+import streamlit as st
+
+from tirlab.annotations import read_alarms, taught
+from tirlab.app.common import NOTHING_YET, go_to, ready, stop, the_run, watch
+from tirlab.run_plots import control_names, control_quantiles
+from tirlab.search import control_spikes
+
+COLUMNS = {
+    "step": st.column_config.NumberColumn("Step", format="%d", width=70),
+    "token": st.column_config.TextColumn("Control token", width=160),
+    "probability": st.column_config.ProgressColumn("Probability", format="%.3g", min_value=0, max_value=1, width=220),
+    "position": st.column_config.NumberColumn("Token of the completion", format="%d", width=170, help="Counted from 0"),
+    "id": st.column_config.TextColumn("Trajectory", width=160),
+}
+
+run = the_run()
+meta, metrics, steps = run.meta(), run.metrics(), run.steps()
+watch(run, lambda: (len(run.metrics()), len(run.steps())))
+if metrics.empty and steps.empty:
+    stop(NOTHING_YET, ":material/hourglass_empty:")
+
+
+def clicked(event):
+    "The step that was clicked, None if there is none."
+    points = event.selection.points if event else []
+    return round(points[0]["x"]) if points and isinstance(points[0].get("x"), (int, float)) else None
+
+
+def quantiles():
+    "The figure, with what is shown chosen above it."
+    if not (names := control_names(metrics)):
+        st.info("Control tokens were not probed in this run: train with `probe='on'` to see how likely they were at every position.", icon=":material/tune:")
+        return
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        chosen = st.pills("Control tokens", names, selection_mode="multi", default=names[:4], key="tokens", bind="query-params")
+        log = st.toggle("Logarithmic", True, key="log", help="Trouble begins at a thousandth, which a linear axis does not show", bind="query-params")
+    st.caption("Line: median over positions. Band: the middle four fifths. Dotted: the maximum. Click a point to open its step.")
+    fig = control_quantiles(metrics, chosen or names[:4], log, taught(metrics), read_alarms(run.path)).update_layout(uirevision=f"{chosen} {log}")
+    event = st.plotly_chart(fig, config={"displayModeBar": False}, key="quantiles", on_select="rerun", selection_mode="points", alt="Quantiles of the probability of control tokens")
+    if (step := clicked(event)) is not None:
+        go_to("steps", step=step)
+
+
+def spikes():
+    "Where a control token was likely and another was written."
+    tokens = [t for t in (meta.get("probed_tokens") or meta.get("control_tokens") or []) if isinstance(t, str)]
+    found = control_spikes(steps, tokens, most=10_000)
+    st.markdown("##### Spikes: likely, and something else was written")
+    if found.empty:
+        st.caption("None are on record: the run was written by an older tirlab, or control tokens were not probed.")
+        return 0
+    wanted = st.pills("Of which", sorted(found.token.unique()), selection_mode="multi", key="spike tokens", label_visibility="collapsed")
+    shown = (found[found.token.isin(wanted)] if wanted else found).head(200).reset_index(drop=True)
+    st.caption("The highest first; of each step the three highest are kept. Click a row to open the trajectory at that token.")
+    event = st.dataframe(shown, column_config=COLUMNS, hide_index=True, height=min(38 + 35 * len(shown), 420), on_select="rerun", selection_mode="single-cell", key="spikes")
+    if (cells := event.selection.cells) and cells[0][0] < len(shown):
+        line = shown.iloc[cells[0][0]]
+        go_to("trajectory", id=line.id, metric=f"p:{line.token}", token=int(line.position))
+    return len(found)
+
+
+quantiles()
+ready("control", spikes=spikes(), steps=len(steps))

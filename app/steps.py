@@ -1,0 +1,168 @@
+"""One step: its prompts as a table, and the rollouts of one prompt side by side, each against the best of them."""
+import math
+
+import streamlit as st
+
+from tirlab.app.common import NOTHING_YET, link, link_trajectory, number, plain, ready, stop, the_run, watch
+from tirlab.groups import MARKS, group_legend, prompts, rollout_html
+from tirlab.traces import RunError
+
+COLUMNS = {
+    "group": st.column_config.NumberColumn("Group", format="%d", width=60, help="Rollouts of one prompt share it"),
+    "split": st.column_config.TextColumn("Split", width=60),
+    "prompt": st.column_config.TextColumn("Prompt", width=360),
+    "n": st.column_config.NumberColumn("Rollouts", format="%d", width=70),
+    "mean": st.column_config.ProgressColumn("Mean reward", format="%.2f", min_value=0, max_value=1, width=110),
+    "std": st.column_config.NumberColumn("Std", format="%.2f", width=60, help="Standard deviation of the rewards"),
+    "level": st.column_config.CheckboxColumn("Level", width=60, help="Zero variance: all rollouts earned the same, so the group teaches nothing"),
+    "void": st.column_config.NumberColumn("Void", format="percent", width=60, help="Rollouts with a turn that neither calls nor answers"),
+    "turns": st.column_config.NumberColumn("Turns", format="%.1f", width=60),
+    "tokens": st.column_config.NumberColumn("Tokens", format="%.0f", width=65, help="Written by the model, mean over the rollouts"),
+    "dropped": st.column_config.TextColumn("Dropped, and why", width=260, help="Left out of the loss, wholly or in part"),
+    "marks": st.column_config.TextColumn("Not its own", width=130, help="Rollouts that were hinted, replaced by a demonstration, or replayed"),
+}
+SIDE_BY_SIDE, AT_ONCE = 3, 24   # cards in a row, on the page
+
+run = the_run()
+steps = run.steps()
+if steps.empty:
+    watch(run, lambda: len(run.steps()))
+    stop(NOTHING_YET, ":material/hourglass_empty:")
+numbers = sorted({int(s) for s in steps.step})
+ticking = run.status() in ("running", "stalled")
+asked = number("step")
+if asked is not None and asked not in numbers:
+    st.caption(f"There is no step {asked}; here is the one next to it.")
+    asked = min(numbers, key=lambda s: abs(s - asked))
+step = asked if asked is not None else numbers[-1]
+here = numbers.index(step)
+
+
+def turn_to(to: int | None):
+    "Turn to a step and let go of the newest one; None follows it again."
+    for name in ("step", "group", "split"):
+        st.query_params.pop(name, None)
+    if to is not None:
+        st.query_params["step"] = str(to)
+
+
+def asked_for():
+    "The step that was typed, or the one next to it."
+    wanted = st.session_state[f"step {step}"]
+    turn_to(min(numbers, key=lambda s: abs(s - wanted)))
+
+
+with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+    st.button("Previous", icon=":material/arrow_back:", shortcut="Shift+H", disabled=here == 0, on_click=turn_to, args=[numbers[max(here - 1, 0)]])
+    st.number_input("Step", numbers[0], numbers[-1], step, key=f"step {step}", on_change=asked_for, label_visibility="collapsed", width=130)
+    st.button("Next", icon=":material/arrow_forward:", icon_position="right", shortcut="Shift+L", disabled=here + 1 == len(numbers), on_click=turn_to,
+              args=[numbers[min(here + 1, len(numbers) - 1)]])
+    following = asked is None
+    if ticking:
+        st.toggle("Follow live", following, key=f"follow {following} {step}", on_change=lambda: turn_to(step if following else None),
+                  help="Shows the newest step; choosing a step or a prompt lets go")
+    st.caption(f"step {step} of {numbers[-1]}", width="content")
+
+index = run.index()
+rows = index[index.step == step]
+if rows.empty:
+    stop(f"The trajectories of step {step} are not in the index: its lines are damaged or gone. Other steps may still open.", ":material/broken_image:")
+table = prompts(rows)
+
+
+def summary():
+    "The step in one line."
+    rewards, level = rows.reward.dropna(), int(table.level.sum())
+    parts = [f"{len(rows)} rollouts of {len(table)} prompts"]
+    parts += [f"mean reward {rewards.mean():.3f}"] * bool(len(rewards)) + [f"{level} prompt{'s' * (level != 1)} level"]
+    parts += [f"{int(rows.dropped.notna().sum())} rollouts dropped", f"{int((rows.origin != 'sampled').sum())} not the policy's own", f"{int(rows.failed_calls.sum())} failed calls"]
+    st.markdown(f"##### Step {step}", width="content")
+    st.caption(plain(" · ".join(parts)), width="content")
+
+
+def chosen_group() -> int:
+    "Row of the table whose rollouts are shown: the address's, else the one that differs most in reward."
+    group, split = number("group"), st.query_params.get("split")
+    found = table.index[(table.group == group) & ((table.split == split) if split else True)]
+    return int(found[0]) if len(found) else int(table["std"].fillna(-1).argmax())
+
+
+def pick():
+    "A row was chosen: the address follows."
+    if picked := st.session_state[f"prompts of {step}"].selection.rows:
+        line = table.iloc[picked[0]]
+        st.query_params.update({"step": str(step), "group": str(int(line.group)), "split": str(line.split)})
+
+
+def marks(line):
+    "What sets a rollout apart: badges."
+    reward = line.reward
+    if reward == reward:
+        st.badge(f"reward {reward:g}", icon=":material/star:", color="green" if reward == best_reward and reward > 0 else "gray")
+    advantage = line.mean_advantage
+    if advantage == advantage:
+        st.badge(f"advantage {advantage + 0.0:+.2f}", color="blue" if advantage > .005 else "orange" if advantage < -.005 else "gray", help="Mean over its tokens")
+    st.badge(plain(line.stop or "unknown stop"), color="gray" if line.stop == "answer" else "orange")
+    if line.origin in MARKS:
+        st.badge(MARKS[line.origin], icon=":material/school:", color="violet")
+    if isinstance(line.dropped, str):
+        st.badge(plain(line.dropped), icon=":material/block:", color="red", help="Left out of the loss, wholly or in part")
+    if line.failed_calls:
+        st.badge(f"{int(line.failed_calls)} of {int(line.calls)} calls failed", icon=":material/build:", color="red")
+
+
+@st.cache_data(max_entries=400, show_spinner=False)
+def _row(path: str, name: str, _run, file_row: tuple):
+    "A trajectory, read once."
+    return _run.trajectory(name)
+
+
+def card(line, best):
+    "One rollout."
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
+            link_trajectory(line.id)
+            marks(line)
+        if isinstance(best, RunError):
+            st.caption(plain(str(best)))
+            return
+        try:
+            row = _row(str(run.path), line.id, run, (line.file, line.row))
+        except RunError as e:
+            st.caption(plain(str(e)))
+            return
+        st.html(rollout_html(row, best or row))
+
+
+summary()
+telling = [c for c in COLUMNS if c != "split" or table.split.nunique() > 1]
+at = chosen_group()
+if (low := table["mean"].min()) < 0 or table["mean"].max() > 1:   # rewards of another range
+    COLUMNS["mean"] = st.column_config.NumberColumn("Mean reward", format="%.2f", width=90)
+st.dataframe(table, column_order=telling, column_config=COLUMNS, hide_index=True, height=min(38 + 35 * len(table), 330), on_select=pick, selection_mode="single-row",
+             key=f"prompts of {step}", row_height=35)
+group = table.iloc[at]
+cards = rows[(rows.split.fillna("train") == group.split) & (rows.group == group.group)]
+cards = cards.assign(own=cards.origin == "sampled").sort_values(["reward", "own", "id"], ascending=[False, False, True], na_position="last")
+best_reward = cards.reward.max() if cards.reward.notna().any() else math.nan
+st.markdown(f"##### Group {int(group.group)}: {plain(str(group.prompt))}")
+with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
+    reference = cards.answer.dropna()
+    st.caption(" · ".join([f"reference {plain(str(reference.iloc[0]))}"] * bool(len(reference)) + [f"{len(cards)} rollouts, the best first; differences are to the best"]), width="content")
+    if isinstance(group.task, str):
+        link("compare", "This prompt over all steps", icon=":material/timeline:", task=group.task)
+st.html(group_legend())
+try:
+    best = _row(str(run.path), cards.id.iloc[0], run, (cards.file.iloc[0], cards.row.iloc[0]))
+except RunError as e:
+    best = None
+    st.caption(plain(str(e)))
+if len(cards) > AT_ONCE:
+    st.caption(f"The first {AT_ONCE} of {len(cards)}; all are in the search.")
+lines = list(cards.head(AT_ONCE).itertuples())
+for start in range(0, len(lines), SIDE_BY_SIDE):
+    for column, line in zip(st.columns(SIDE_BY_SIDE, gap="small"), lines[start:start + SIDE_BY_SIDE]):
+        with column:
+            card(line, best)
+watch(run, lambda: len(run.steps()) if number("step") is None else 0)
+ready("steps", step=step, group=int(group.group), rollouts=len(lines))
