@@ -54,7 +54,7 @@ def read_bookmarks(
     file = Path(path)/BOOKMARKS
     try: found = json.loads(file.read_bytes())
     except FileNotFoundError: return {}
-    except (OSError, ValueError): found = None
+    except (OSError, ValueError, RecursionError): found = None
     if not isinstance(found, dict): raise RunError(f"{file} cannot be read: repair it, or move it away to begin anew.")
     text = lambda v: v if isinstance(v, str) else ""
     return {k: {"note": text(v.get("note")), "view": text(v.get("view")), "time": _number(v.get("time")) or 0.0} for k, v in found.items() if isinstance(v, dict)}
