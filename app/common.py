@@ -159,13 +159,13 @@ def bookmarks(run: Run) -> dict[str, dict]:
         return {}
 
 
-def bookmark_button(run: Run, id: str, view: str = ""):
-    "A small form to mark a trajectory with a note, or to take the mark away."
+def bookmark_button(run: Run, id: str, view=lambda: ""):
+    "A small form to mark a trajectory with a note, or to take the mark away; `view` gives the query of what is seen when it is asked."
     kept = bookmarks(run)
 
     def keep(note):
         try:
-            bookmark(run.path, id, note, view)
+            bookmark(run.path, id, note, view())
         except RunError as e:
             st.session_state["bookmark trouble"] = str(e)
     with st.popover("Bookmarked" if id in kept else "Bookmark", icon=":material/bookmark_added:" if id in kept else ":material/bookmark_add:"):

@@ -4,6 +4,7 @@ import unicodedata
 
 import streamlit as st
 
+from tirlab.app.common import number
 from tirlab.plots import text_html
 from tirlab.rows import TraceRow
 from tirlab.token_map import code_in, turn_list, turn_texts
@@ -83,8 +84,7 @@ def messages(row: TraceRow) -> None:
         st.caption("The completion is empty.")
         return
     numbers = [t["turn"] + 1 for t in turns]
-    asked = st.query_params.get("turn", "")
-    first = int(asked) if asked.isdigit() and int(asked) in numbers else numbers[0]
+    first = asked if (asked := number("turn")) in numbers else numbers[0]
     here = numbers.index(first)
     with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
         if len(turns) > 1:
@@ -96,8 +96,8 @@ def messages(row: TraceRow) -> None:
                       args=[numbers[min(here + 1, len(numbers) - 1)]], shortcut="l", key="turn+")
         usual = choice("as", list(WAYS), format_func=WAYS.get)
     for t in turns[here:here + AT_ONCE]:
-        numbers_of = [f"{name} {t[name] + 0.0:+.2f}" for name in ("reward", "advantage") if t[name] is not None]
-        st.caption(" · ".join([f"**Turn {t['turn'] + 1}**", *[t["kind"].replace("_", " ")] * bool(t["kind"]), *numbers_of]).replace("<", r"\<"))
+        earned = [f"{name} {t[name] + 0.0:+.2f}" for name in ("reward", "advantage") if t[name] is not None]
+        st.caption(" · ".join([f"**Turn {t['turn'] + 1}**", *[t["kind"].replace("_", " ")] * bool(t["kind"]), *earned]).replace("<", r"\<"))
         for k, (who, text) in enumerate(turn_texts(row, t["turn"])):
             message(f"message {row.id} {t['turn']} {k}", who, text, k in t["errors"], usual)
     if (left := len(turns) - here - AT_ONCE) > 0:

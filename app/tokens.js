@@ -246,7 +246,7 @@ function mount(host) {
       around.push(`<button data-do="token" data-i="${j}"${j === i ? ' aria-current="true"' : ""}><span class="piece">${short(text[j].slice(0, 40))}</span>` +
                   `<span class="dim">${app.now && app.now[j] >= 0 ? number(column[at.metric][j]) : mask[j] ? "" : "tool"}</span></button>`);
     const metric = facts.metrics.find(m => m.name === at.metric);
-    card.innerHTML = `<div class="big${suffix[i].includes("r") ? " r" : ""}">${short(text[i])}</div><table><tr><th>Position</th><td>${i.toLocaleString("en")} of ${n.toLocaleString("en")}, turn ${t.turn + 1}</td></tr>` +
+    card.innerHTML = `<div class="big${suffix[i].includes("r") ? " r" : ""}">${short(text[i])}</div><table><tr><th>Token</th><td>${(i + 1).toLocaleString("en")} of ${n.toLocaleString("en")}, turn ${t.turn + 1}</td></tr>` +
       `<tr><th>Id</th><td>${id[i]}</td></tr><tr><th>Bytes</th><td class="mono">${bytes(text[i])}</td></tr>${rows.join("")}</table>` +
       (mask[i] ? (rows.length ? "" : '<p class="dim">Nothing was measured here.</p>') : '<p class="dim">Not written by the model: it carries no gradient.</p>') +
       `<h4>Neighbours${metric ? `: ${safe(metric.label)}` : ""}</h4><div class="near">${around.join("")}</div>`;
@@ -279,7 +279,7 @@ function mount(host) {
     const e = ev.target.closest(".b > span");
     if (!e || e.title) return;
     const i = e.at, v = at.metric ? column[at.metric][i] : NaN;
-    e.title = `id ${id[i]}, position ${i}` + (known(v) ? `, ${number(v, 4)}` : mask[i] ? "" : ", not written by the model");
+    e.title = `id ${id[i]}, token ${i + 1}` + (known(v) ? `, ${number(v, 4)}` : mask[i] ? "" : ", not written by the model");
     e.addEventListener("mouseleave", () => e.removeAttribute("title"), {once: true});
   });
   const drag = ev => { if (!ev.buttons || !n) return;

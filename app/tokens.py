@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import streamlit as st
 
+from tirlab.app.common import plain
 from tirlab.plots import CLASSES, class_color, scale_of
 from tirlab.rows import TraceRow
 from tirlab.token_map import jump_lists, token_metrics, token_table, turn_list
-from tirlab.traces import Run
+from tirlab.traces import Run, RunError
 
 LABELS = {"logprob": "Log-probability", "entropy": "Entropy", "advantage": "Advantage", "ratio": "Importance ratio", "mismatch": "Trainer − sampler",
           "surprise": "Prop. 3.1 factor", "sampling_logprob": "Log-probability, sampler"}
@@ -36,9 +37,15 @@ def probed(meta: dict, row: TraceRow) -> tuple:
 
 
 def scored(run: Run, name: str) -> dict:
-    "Log-probabilities of a trajectory's tokens by each checkpoint that read the run again."
-    found = {checkpoint: run.scored(checkpoint, name) for checkpoint in run.scores()} if hasattr(run, "scores") else {}
-    return {checkpoint: values for checkpoint, values in found.items() if values is not None}
+    "Log-probabilities of a trajectory's tokens by each checkpoint that read the run again; a sentence for those that cannot be read."
+    found = {}
+    for checkpoint in run.scores():
+        try:
+            if (values := run.scored(checkpoint, name)) is not None:
+                found[checkpoint] = values
+        except RunError as e:
+            st.caption(plain(str(e)))
+    return found
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)

@@ -1,7 +1,8 @@
 """One trajectory, turn by turn: where it comes from, what it earned, and a map of its tokens or its messages."""
+import numpy as np
 import streamlit as st
 
-from tirlab.app.common import plain, stop, the_run
+from tirlab.app.common import NOTHING_YET, bookmark_button, link, number, plain, ready, stop, the_run
 from tirlab.app.messages import choice, messages
 from tirlab.app.tokens import token_map
 from tirlab.traces import RunError
@@ -15,15 +16,17 @@ ORIGINS = {   # origin -> icon, what it means
 }
 
 run = the_run()
-index = run.index().sort_values(["step", "split", "group", "id"], ignore_index=True)
+index = run.index()
 if index.empty:
-    stop("No trajectory was written yet. They appear here as soon as the first step is done.", ":material/hourglass_empty:")
-chosen = st.query_params.get("id") or index.id.iloc[-1]
+    stop(NOTHING_YET, ":material/hourglass_empty:")
+order = np.argsort(index.step.to_numpy(), kind="stable")   # by step, and in a step as they were written
+chosen = st.query_params.get("id") or index.id.iloc[order[-1]]
 try:
     row = run.trajectory(chosen)
 except RunError as e:
     stop(str(e), ":material/link_off:")
-here = int(index.index[index.id == chosen][0])
+mine = np.flatnonzero((index.id == chosen).to_numpy())[0]
+here = int(np.flatnonzero(order == mine)[0])
 
 
 def show(name: str):
@@ -34,7 +37,7 @@ def show(name: str):
 
 def go(label: str, icon: str, to: int, key: str, side: str = "left"):
     "A button that turns to the trajectory at a place in the list."
-    there = index.id.iloc[to:to + 1].tolist() if to >= 0 else []
+    there = [index.id.iloc[order[to]]] if 0 <= to < len(order) else []
     st.button(label, icon=icon, icon_position=side, disabled=not there, on_click=show, args=there, key=label, shortcut=key)
 
 
@@ -75,6 +78,7 @@ def badges():
     if row.hint:
         with st.popover("What it was told", icon=":material/lightbulb:"):
             st.text(row.hint)
+    bookmark_button(run, row.id, lambda: "&".join(f"{k}={v}" for k, v in st.query_params.to_dict().items() if k not in ("id", "run")))
 
 
 def header():
@@ -85,13 +89,12 @@ def header():
     parts = [row.environment] * bool(row.environment) + [f"step {row.step}", f"group {row.group}"]
     parts += [f"{int(row.mask.sum())} tokens written, {len(row.ids)} in all", f"tools took {row.tool_seconds:.2f} s"]
     parts += [f"{name} {value + 0.0:g}" for name, value in row.rewards.items() if value is not None]
-    line, reference = index.iloc[here], f" **Reference:** {plain(row.answer)}" if row.answer is not None else ""
+    line, reference = index.iloc[mine], f" **Reference:** {plain(row.answer)}" if row.answer is not None else ""
     st.caption(f"{plain(' · '.join(parts))}  \n**Asked:** {plain(str(line.prompt))}{reference}")
 
 
 def asked() -> dict:
     "Where the reader stands, by the address."
-    number = lambda name: int(s) if (s := st.query_params.get(name, "")).isdigit() else None
     return {"metric": st.query_params.get("metric"), "turn": number("turn"), "token": number("token")}
 
 
@@ -108,8 +111,9 @@ def moved(at: dict):
 def place() -> dict:
     "Where the map opens. It stays the same while the reader moves about in it: a changed one would send all tokens again."
     now = asked()
-    if st.session_state.get("opened", (None,))[0] != chosen or st.session_state.get("seen at") != now:
-        st.session_state["opened"] = (chosen, now | {"metric": now["metric"] or st.session_state.get("token metric")})
+    name = f"{run.path} {chosen}"
+    if st.session_state.get("opened", (None,))[0] != name or st.session_state.get("seen at") != now:
+        st.session_state["opened"] = (name, now | {"metric": now["metric"] or st.session_state.get("token metric")})
         st.session_state["seen at"] = now
     return st.session_state["opened"][1]
 
@@ -118,12 +122,14 @@ header()
 with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
     view = choice("view", ["tokens", "messages"], format_func=str.capitalize)
     siblings()
+    link("steps", f"Step {row.step}, group {row.group}", icon=":material/stacks:", step=row.step, group=row.group, split=row.split)
     st.space("stretch")
     go("Previous", ":material/arrow_back:", here - 1, "Shift+H")
-    st.page_link("trajectories.py", label=f"{here + 1:,} of {len(index):,}", icon=":material/list:", width="content")
+    st.caption(f"{here + 1:,} of {len(index):,}", width="content")
     go("Next", ":material/arrow_forward:", here + 1, "Shift+L", "right")
 if view == "messages":
     st.session_state.pop("opened", None)
     messages(row)
 else:
     st.fragment(token_map)(run, row, place(), moved)
+ready("trajectory", id=row.id, view=view)
