@@ -39,7 +39,7 @@ function mount(host) {
   host.append(style, app);
   const $ = s => app.querySelector(s), pane = $(".pane"), card = $(".card"), slider = $("input"), select = $("select"), canvas = $("canvas"), view = $(".view");
   let version, opened, facts, n, text, id, mask, column, send, drawn = 0;
-  let els, blocks, wrote, suffix, turnOf, at, spot, spikeAt, leastAt, quiet = 0, timer, clock, pending;
+  let els, blocks, wrote, suffix, turnOf, at, spot, spikeAt, leastAt, quiet = 0, brought = 0, timer, clock, pending;
 
   /* ---- from a table to spans ---- */
   const NAMES = Array.from({length: CLASSES + 1}, (_, k) => k ? `c${k - 1}` : "u");
@@ -131,11 +131,11 @@ function mount(host) {
     const rows = Math.min(h, n), tall = h / rows, strength = scale ? scale.strength : [], middle = scale ? (scale.plain - scale.low) / (scale.high - scale.low) * (CLASSES - 1) : 0;
     for (let y = 0; y < rows; y++) {
       let power = 0, sum = 0, own = 0, seen = 0, best = -1;   /* as strong as they are on average (root mean square), on the side where most of it lies */
-      const a = Math.floor(y * n / rows), b = Math.max(a + 1, Math.floor((y + 1) * n / rows));
+      const from = Math.round(y * tall), size = Math.round((y + 1) * tall) - from, a = Math.floor(y * n / rows), b = Math.max(a + 1, Math.floor((y + 1) * n / rows));
       for (let i = a; i < b; i++) { own += mask[i]; if (c && c[i] >= 0) { const s = strength[c[i]]; seen++; power += s * s; sum += c[i] < middle ? -s : s; } }
       if (power > 0) { const s = Math.sqrt(power / seen); best = sum < 0 ? strength.findLastIndex((x, k) => k < middle && x >= s - 1e-9) : strength.findIndex((x, k) => k >= middle && x >= s - 1e-9); }
-      if (!own) { g.fillStyle = "rgba(128,135,146,.34)"; g.fillRect(0, y * tall, w - 5, tall + .5); }
-      else if (best >= 0) { g.fillStyle = scale.colors[best]; g.fillRect(0, y * tall, w - 5, tall + .5); g.fillRect(0, y * tall, w - 5, tall + .5); }
+      if (!own) { g.fillStyle = "rgba(128,135,146,.34)"; g.fillRect(0, from, w - 5, size); }
+      else if (best >= 0) { g.fillStyle = scale.colors[best]; g.fillRect(0, from, w - 5, size); g.fillRect(0, from, w - 5, size); }
     }
     g.fillStyle = "rgba(128,135,146,.75)";
     for (const t of facts.turns) if (t.parts.length && t.parts[0][0]) g.fillRect(0, t.parts[0][0] / n * h, w, 1);
@@ -176,13 +176,17 @@ function mount(host) {
     if (here && (here.offsetTop < list.scrollTop || here.offsetTop + here.offsetHeight > list.scrollTop + list.clientHeight)) list.scrollTop = here.offsetTop - list.clientHeight / 2;
     sections().forEach((s, k) => { s.toggleAttribute("data-here", k === at.k); s.toggleAttribute("data-later", !!clock && k > at.k); });
   }
+  function bring(target, offset) {   /* scroll this pane alone; blocks get their true height only as they come into view, so look again */
+    const put = () => { if (!target.isConnected) return; quiet = performance.now() + 300; pane.scrollTop += target.getBoundingClientRect().top - pane.getBoundingClientRect().top - offset; window_(); };
+    put(); const mine = ++brought; let left = 3;
+    const again = () => { if (mine === brought && left--) { put(); requestAnimationFrame(again); } };
+    requestAnimationFrame(again);
+  }
   function goTurn(k, tell = true) {
     if (!facts.turns.length) return;
     at.k = Math.max(0, Math.min(facts.turns.length - 1, k));
-    const s = sections()[at.k];
-    quiet = performance.now() + 300;
-    pane.scrollTop += s.getBoundingClientRect().top - pane.getBoundingClientRect().top - 6;
-    mark(); note(tell); window_();
+    bring(sections()[at.k], 6);
+    mark(); note(tell);
   }
   function goToken(i, tell = true) {
     if (!(i >= 0 && i < n)) return;
@@ -194,9 +198,8 @@ function mount(host) {
     els[spot]?.removeAttribute("data-s");
     spot = i; at.k = turnOf[i];
     e.setAttribute("data-s", "");
-    quiet = performance.now() + 300;
     const box = pane.getBoundingClientRect(), r = e.getBoundingClientRect();
-    if (r.top < box.top + 30 || r.bottom > box.bottom - 10) e.scrollIntoView({block: "center"});
+    if (r.top < box.top + 30 || r.top > box.bottom - 30) bring(e, pane.clientHeight / 2);
     mark(); details(); note(tell); jumps(); window_();
   }
   function step(list, place, by) { return list.length ? (place + by + list.length) % list.length : null; }
@@ -224,7 +227,9 @@ function mount(host) {
   function setMetric(name) { if (!facts.scales[name]) return; const begun = performance.now(); at.metric = select.value = name; paint(begun, true); note(); }
   function fold() {
     const boxes = [...pane.querySelectorAll("details[data-from]")], open = boxes.some(b => !b.open);
+    const s = sections()[at.k], top = s?.getBoundingClientRect().top;
     for (const b of boxes) { if (open) fill(b); b.open = open; }
+    if (s) { quiet = performance.now() + 300; pane.scrollTop += s.getBoundingClientRect().top - top; }
     $('[data-do="fold"]').textContent = open ? "Fold tool output" : "Open tool output";
   }
 

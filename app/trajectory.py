@@ -50,8 +50,11 @@ def siblings():
     names = {name: f"#{k}: {reward}" for k, (name, reward) in enumerate(zip(group.id, rewards), 1)}   # no two alike, as the widget needs
     key = f"same prompt as {chosen}"
     st.caption("Same prompt:", width="content", help="The other rollouts of this prompt, with the reward of each")
-    st.segmented_control("Same prompt, with reward", list(names), default=chosen, format_func=names.get, key=key, required=True,
-                         on_change=lambda: show(st.session_state[key]), label_visibility="collapsed")
+    more = {"format_func": names.get, "key": key, "on_change": lambda: show(st.session_state[key]), "label_visibility": "collapsed"}
+    if len(names) > 8:
+        st.selectbox("Same prompt, with reward", list(names), index=list(names).index(chosen), width=130, **more)
+    else:
+        st.segmented_control("Same prompt, with reward", list(names), default=chosen, required=True, **more)
 
 
 def badges():
@@ -86,6 +89,10 @@ def header():
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.subheader(plain(row.id), anchor=False, width="content")
         badges()
+        st.space("stretch")
+        go("Previous", ":material/arrow_back:", here - 1, "Shift+H")
+        st.caption(f"{here + 1:,} of {len(index):,}", width="content")
+        go("Next", ":material/arrow_forward:", here + 1, "Shift+L", "right")
     parts = [row.environment] * bool(row.environment) + [f"step {row.step}", f"group {row.group}"]
     parts += [f"{int(row.mask.sum())} tokens written, {len(row.ids)} in all", f"tools took {row.tool_seconds:.2f} s"]
     parts += [f"{name} {value + 0.0:g}" for name, value in row.rewards.items() if value is not None]
@@ -123,10 +130,6 @@ with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
     view = choice("view", ["tokens", "messages"], format_func=str.capitalize)
     siblings()
     link("steps", f"Step {row.step}, group {row.group}", icon=":material/stacks:", step=row.step, group=row.group, split=row.split)
-    st.space("stretch")
-    go("Previous", ":material/arrow_back:", here - 1, "Shift+H")
-    st.caption(f"{here + 1:,} of {len(index):,}", width="content")
-    go("Next", ":material/arrow_forward:", here + 1, "Shift+L", "right")
 if view == "messages":
     st.session_state.pop("opened", None)
     messages(row)

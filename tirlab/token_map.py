@@ -114,6 +114,8 @@ def spikes(
     peaks = over[best][np.diff(stretch[best], prepend=0) > 0]
     return sorted(peaks[np.argsort(-strength[peaks], kind="stable")[:most]].tolist())
 
+_BOUNDS = {"p": (.1,), "shift": (.05, 50)}   # `far` and `most` of metrics for which the usual ones are wrong
+
 def least_likely(
     logprob: np.ndarray,   # (T,) nats, NaN where there is none
     most: int = 50,        # places at most
@@ -130,7 +132,7 @@ def jump_lists(
     out = {"least": least_likely(recorded_logprob(row))}
     for name, values in metrics.items():
         other = np.where([t == name[2:] for t in row.text], np.nan, values) if name.startswith("p:") else values
-        out[name] = spikes(other, scale_of(name), .1 if name.startswith("p:") else .5)
+        out[name] = spikes(other, scale_of(name), *_BOUNDS.get(name.partition(":")[0], ()))
     return out
 
 # %% ../nbs/33b_token_map.ipynb #efb4bd90
