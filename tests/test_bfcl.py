@@ -30,6 +30,9 @@ SAMPLE = [row for c in BFCL_CATEGORIES for row in random.Random(c).sample(ROWS[c
 ODD = ["multi_turn_miss_func_49", "multi_turn_base_90", "multi_turn_base_147"]   # calls a function that is held back; two whose API keeps the list it was given
 
 
+SHORT = ["multi_turn_base_38", "multi_turn_miss_func_46"]   # fit the tiny policy's context
+
+
 def row_of(task): return next(r for r in ROWS[bfcl_entry(task)["id"].removeprefix("multi_turn_").rpartition("_")[0]] if r["task_id"] == task)
 
 
@@ -305,3 +308,25 @@ def test_an_evaluation_of_a_policy_that_talks():
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=TOK.eos_token_id), config=SimpleNamespace())
     result = evaluate(model, TOK, rows, {"bfcl": BFCLEnvironment}, bfcl_reward, limits=RolloutLimits(2**16), sampling=Sampling(64), engine=Says())
     assert Says.asked == sum(rows["requests"]) and result.rewards == [0.0] * 4 and result.success == 0
+
+
+# Training
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_trainer_rolls_it_out(several, tmp_path):
+    "A demonstration in each group: tools of the task, the user's words masked, reward 1; the others sample from the prompt that `open_row` makes."
+    from tirlab.all import Hints, OffPolicy, TIRConfig, TIRTrainer, demonstrate, tiny_policy
+    rows = Dataset.from_list([row_of(t) for t in SHORT])
+    args = TIRConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=6, num_generations=3, max_completion_length=1300, learning_rate=1e-4, seed=0, save_strategy="no",
+                     disable_tqdm=True, report_to="none", probe="off", trace=False, max_turn_length=200, max_tool_calling_iterations=12)
+    t = TIRTrainer(tiny_policy(), bfcl_reward, args, rows, environment_factory={"bfcl": BFCLEnvironment} if several else BFCLEnvironment, supervision=[OffPolicy(1), Hints(1)])
+    t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
+    t.model.train()
+    out = t._generate_and_score_completions([rows[i] for i in range(2) for _ in range(3)])
+    assert [x.origin for x in t._batch] == ["demonstration", "hinted", "sampled"] * 2 and t._rewards[:, 0].tolist()[::3] == [1.0, 1.0]
+    limits = RolloutLimits(2**16)
+    for i, (row, own) in enumerate(zip(rows, demonstrate(list(rows), TOK, {"bfcl": BFCLEnvironment}, limits=limits))):
+        shown = t._batch[3 * i]
+        assert shown.prompt_ids == own.prompt_ids == t._batch[3 * i + 2].prompt_ids and shown.completion_ids == own.completion_ids
+        assert out["tool_mask"][3 * i].tolist()[:len(own.mask)] == own.mask
+    assert "tools_of_the_task" not in TOK.decode(t._batch[0].prompt_ids)

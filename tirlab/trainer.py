@@ -33,7 +33,7 @@ from .formats import make_format, tool_schemas
 from .objective import Objective
 from .interventions import Clamp, bounds_of, turn_states
 from .recording import free_folder, record_left_out, recording, row_fields
-from .rolling import Rolling
+from .rolling import Rolling, bring_tools, tools_of_the_task
 from .sampler import calls_as_text, make_canary
 from .prompts import Replay
 from .shaping import written_code
@@ -106,9 +106,10 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         talks = getattr(train_dataset, "column_names", None) and "prompt" in train_dataset.column_names and is_conversational(next(iter(train_dataset)))
         check_tokenizer(processing_class, name, talks or bool(tools or environment_factory))
         self.engine_name, self.schedule = engine_of(args)
+        self._brings_tools = bring_tools(environment_factory)
         with warnings.catch_warnings(), _nothing_left_behind(args.output_dir):
             warnings.filterwarnings("ignore", ".*environment_factory.*experimental")   # pinned, and held to TRL's behaviour by tests/test_parity.py
-            with calls_as_text(processing_class) if args.call_format else nullcontext(): super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=tools,
+            with calls_as_text(processing_class) if args.call_format else nullcontext(): super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=[*(tools or []), tools_of_the_task] if self._brings_tools else tools,
                              environment_factory=environment_factory, **kwargs)
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
