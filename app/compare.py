@@ -30,7 +30,7 @@ def opened() -> dict:
     known = {chosen_run(): str(run.path)} | run_paths() | {k: v for k, v in beside(str(run.path)).items() if v not in run_paths().values()}
     others = [name for name in known if name != chosen_run()]
     told = [name for name in run_paths() if name != chosen_run()]
-    chosen = st.multiselect("Compared with", others, default=told or others[:1], key="with", bind="query-params", placeholder="choose runs",
+    chosen = st.multiselect("Compared with", others, default=told, key="with", bind="query-params", placeholder="choose runs",
                             help="The runs this app was started for, and those in the same folder") if others else []
     runs = {}
     for name in [chosen_run(), *chosen]:

@@ -1,4 +1,5 @@
 """What was sampled and not learnt from, wholly or in part, and why."""
+import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -35,7 +36,7 @@ st.plotly_chart(left_out(steps), config={"displayModeBar": False}, key="reasons"
 labels = {k: f"{k} ({n:,})" for k, n in counts.items()}
 chosen = st.pills("Reasons", list(labels), selection_mode="multi", format_func=labels.get, key="reason", bind="query-params", label_visibility="collapsed")
 shown = lost[[any(k in chosen for k in ks) for ks in kinds]] if chosen else lost
-shown = shown.sort_values(["step", "group", "id"], ascending=[False, True, True], ignore_index=True)
+shown = shown.iloc[np.argsort(-shown.step.to_numpy(), kind="stable")].reset_index(drop=True)
 page = shown.head(MOST)
 st.caption(f"{len(shown):,} trajectories" + f", the newest {MOST:,} are shown" * (len(shown) > MOST) + ". Click a row to open it.")
 event = st.dataframe(page[list(COLUMNS)], column_config=COLUMNS, hide_index=True, height=520, on_select="rerun", selection_mode="single-cell", key="dropped table")

@@ -6,7 +6,7 @@ import streamlit as st
 
 from tirlab.app.common import NOTHING_YET, bookmarks, go_to, link_trajectory, plain, ready, span, stop, the_run, watch
 from tirlab.run_plots import STATES
-from tirlab.search import find, find_text
+from tirlab.search import find, find_text, places
 
 COLUMNS = {
     "step": st.column_config.NumberColumn("Step", format="%d", width=60),
@@ -71,15 +71,16 @@ def asked() -> dict:
     return found
 
 
-def look(query: dict) -> pd.DataFrame:
-    "The rows that are wanted; of a single step by the whole text."
+def look(query: dict) -> tuple[pd.DataFrame, int]:
+    "The first of the rows that are wanted, and how many there are; of a single step by the whole text."
     steps, text = query.get("steps"), query["text"]
     if text and (index.step.nunique() == 1 or steps and steps[0] == steps[1]):
         wanted, lost = find_text(run, find(index, **query | {"text": ""}), text)
         if lost:
             st.caption(plain(f"Not searched, for they cannot be read: {', '.join(lost)}"))
-        return wanted
-    return find(index, **query)
+        return wanted.head(MOST), len(wanted)
+    found = places(index, **query)
+    return index.take(found[:MOST]).reset_index(drop=True), len(found)
 
 
 def marked():
@@ -105,22 +106,21 @@ def news(shown: int):
 marked()
 query = asked()
 try:
-    wanted = look(query)
+    page, count = look(query)
 except ValueError as e:
     stop(str(e), ":material/regular_expression:")
 with st.container(horizontal=True, vertical_alignment="center"):
-    some = f", the newest {MOST:,} are shown" if len(wanted) > MOST else ""
-    st.caption(f"{len(wanted):,} of {len(index):,} trajectories{some}. Click a row to open it.", width="content")
+    some = f", the newest {MOST:,} are shown" if count > MOST else ""
+    st.caption(f"{count:,} of {len(index):,} trajectories{some}. Click a row to open it.", width="content")
     news(len(index))
-if wanted.empty:
+if page.empty:
     ready("trajectories", shown=0)
     stop("No trajectory fits these filters.", ":material/filter_alt_off:")
 
-page = wanted.head(MOST)
-telling = [c for c in COLUMNS if c in page and page[c].notna().any() and (c not in ("split", "environment", "origin") or index[c].nunique() > 1)]
-event = st.dataframe(page[telling + ["id"] * ("id" not in telling)], column_order=telling, column_config=COLUMNS, hide_index=True, height=640,
-                     on_select="rerun", selection_mode="single-cell", key="table")
+several = {name for name in ("split", "environment", "origin") if len(choices(str(run.path), len(index), name)) > 1}
+telling = [c for c in COLUMNS if c in page and page[c].notna().any() and (c not in ("split", "environment", "origin") or c in several)]
+event = st.dataframe(page[telling], column_order=telling, column_config=COLUMNS, hide_index=True, height=640, on_select="rerun", selection_mode="single-cell", key="table")
 cells = event.selection.cells
 if cells and cells[0][0] < len(page):
     go_to("trajectory", id=page.id.iloc[cells[0][0]])
-ready("trajectories", shown=len(wanted))
+ready("trajectories", shown=count)

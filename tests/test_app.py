@@ -36,9 +36,8 @@ def words(test):
     return "\n".join(str(e.value) for kind in ("info", "error", "caption", "markdown", "subheader") for e in getattr(test, kind))
 
 
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("run, says", [("nowhere", "no run folder at"), ("foreign", "is not a run folder"), ("newer", "upgrade tirlab"),
-                                       (None, "No run folder was given")])
+@pytest.mark.parametrize("page, run, says", [*((p, "newer", "upgrade tirlab") for p in PAGES), ("overview.py", "nowhere", "no run folder at"),
+                                             ("trajectory.py", "foreign", "is not a run folder"), ("steps.py", None, "No run folder was given")])
 def test_no_run_is_one_plain_sentence(tmp_path, monkeypatch, page, run, says):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").write_text("mine")
@@ -184,13 +183,25 @@ def test_in_a_browser(tmp_path):
             expect(page.get_by_text("16 trajectories")).to_be_visible(timeout=60_000)
             add_steps(writer, [3])
             expect(page.get_by_text("24 trajectories")).to_be_visible(timeout=20_000)      # it follows by itself
+            page.wait_for_timeout(1000)
+            page.locator(".js-plotly-plot .nsewdrag").first.click()                         # a point leads to its step
+            expect(page.locator(".tirlab-ready[data-page=steps]")).to_be_attached()
+            assert re.search(r"steps\?step=\d", page.url)
+            page.get_by_text("Follow live").click()                                         # and the newest one is followed again
+            add_steps(writer, [4])
+            expect(page.locator(".tirlab-ready[data-page=steps][data-step='4']")).to_be_attached(timeout=20_000)
             page.get_by_role("link", name="Search").first.click()
+            page.get_by_role("textbox", name="Text").fill("what is")
+            page.keyboard.press("Enter")
+            expect(page).to_have_url(re.compile("text=what"), timeout=20_000)               # what was asked for stands in the address
+            page.reload()
+            expect(page.get_by_role("textbox", name="Text")).to_have_value("what is")
             grid = page.locator(".stDataFrameGlideDataEditor").first
             expect(grid).to_be_visible()
             page.wait_for_timeout(500)
             grid.click(position={"x": 200, "y": 52})              # a cell of the first row
             expect(page.locator(".tm[data-painted]")).to_be_visible()                       # what is in it: test_app_tokens.py
-            assert "id=000003-0-00" in page.url
+            assert "id=000004-0-00" in page.url
             browser.close()
     finally:
         server.send_signal(signal.SIGTERM)
