@@ -325,7 +325,7 @@ def test_the_trainer_rolls_it_out(several, tmp_path):
     out = t._generate_and_score_completions([rows[i] for i in range(2) for _ in range(3)])
     assert [x.origin for x in t._batch] == ["demonstration", "hinted", "sampled"] * 2 and t._rewards[:, 0].tolist()[::3] == [1.0, 1.0]
     limits = RolloutLimits(2**16)
-    for i, (row, own) in enumerate(zip(rows, demonstrate(list(rows), TOK, {"bfcl": BFCLEnvironment}, limits=limits))):
+    for i, own in enumerate(demonstrate(list(rows), TOK, {"bfcl": BFCLEnvironment}, limits=limits)):
         shown = t._batch[3 * i]
         assert shown.prompt_ids == own.prompt_ids == t._batch[3 * i + 2].prompt_ids and shown.completion_ids == own.completion_ids
         assert out["tool_mask"][3 * i].tolist()[:len(own.mask)] == own.mask
