@@ -153,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--resume", action="store_true", help="go on with the run in output_dir, from its last checkpoint, with the settings that it was begun with")
     t.set_defaults(function=train)
     a = commands.add_parser("app", help="browse a run folder, also while it is being written")
-    a.add_argument("run", metavar="RUN", help="run folder")
+    a.add_argument("run", metavar="RUN", nargs="+", help="run folder; with several the first is shown first, and Compare lays them over one another")
     a.add_argument("--port", type=int, help="port on this machine (a free one)")
     a.set_defaults(function=app)
     add_trace_commands(commands)
