@@ -284,6 +284,9 @@ def test_keys_and_a_link_to_exactly_this(page):
     page.wait_for_timeout(1000)                                        # the server has heard of it by now
     link = page.url
     assert int(re.search(r"turn=(\d+)", link)[1]) == row.turn[least + 1] + 1
+    page.get_by_role("radio", name="Messages").or_(page.get_by_role("button", name="Messages")).first.click()
+    page.wait_for_url(lambda url: "view=messages" in url)              # the server rewrites the address, and has kept the rest
+    assert page.url == link + "&view=messages"
     page.goto("about:blank")
     page.goto(link)
     tm.locator("[data-s]").wait_for()
