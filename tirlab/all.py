@@ -2,6 +2,7 @@
 from tirlab.advantages import *
 from tirlab.calls import *
 from tirlab.confidence import *
+from tirlab.bfcl import BFCLEnvironment as BFCLEnvironment, bfcl_reward as bfcl_reward, bfcl_tasks as bfcl_tasks
 from tirlab.collapse import Alarm as Alarm, CollapseMonitor as CollapseMonitor, Detectors as Detectors, collapse_began as collapse_began
 from tirlab.config import *
 from tirlab.continuous import ContinuousEngine as ContinuousEngine
@@ -10,7 +11,9 @@ from tirlab.engines import *
 from tirlab.environments import *
 from tirlab.evaluate import *
 from tirlab.executions import Execution as Execution, Limits as Limits, SandboxFault as SandboxFault, Status as Status
+from tirlab.exports import export_dataset as export_dataset, export_html as export_html
 from tirlab.formats import *
+from tirlab.imports import import_traces as import_traces
 from tirlab.interleave import Interleave as Interleave, OnAlarm as OnAlarm
 from tirlab.interpreters import Interpreter as Interpreter
 from tirlab.remote import least_loaded as least_loaded, ray_nodes as ray_nodes, remote as remote
@@ -20,6 +23,7 @@ from tirlab.presets import PRESETS as PRESETS, preset as preset, preset_plan as 
 from tirlab.reflections import EndpointWriter as EndpointWriter, rule_writer as rule_writer
 from tirlab.rewards import *
 from tirlab.rollout import *
+from tirlab.scores import score_run as score_run
 from tirlab.shaping import *
 from tirlab.sft_rows import sft_rows as sft_rows
 from tirlab.sandbox import run_python as run_python, sandbox_level as sandbox_level

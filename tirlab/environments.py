@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['observe', 'PythonEnvironment', 'python_environment', 'isolation_of', 'LookupEnvironment', 'BookingEnvironment',
-           'environment_tools', 'offered', 'check_tool']
+           'environment_tools', 'offered_tools', 'check_tool']
 
 # %% ../nbs/03_environments.ipynb #7438d75f
 import inspect, json
@@ -148,7 +148,7 @@ def environment_tools(
     own = environment._tools() if hasattr(environment, "_tools") else methods
     return {t.__name__: t for t in list(tools or []) + own}
 
-def offered(
+def offered_tools(
     tools: dict[str, Callable],   # name -> callable
 ) -> list[Callable]:              # those that a prompt names
     "Tools that the model is told of from the start; those that are `held_out` can be run, and are described later or never."

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 # %% ../nbs/40f_rolling.ipynb #75a8abd8
 from .engines import EngineError, context_of
 from .config import rollout_limits
-from .environments import environment_tools, offered
+from .environments import environment_tools, offered_tools
 from .formats import make_format
 from .recording import step_on_record
 from .rollout import rollout_metrics, rollouts
@@ -53,7 +53,7 @@ def bring_tools(
 @patch
 def _formats(self: Rolling, n):
     "How each of `n` conversations is rendered, parsed and answered."
-    if self._brings_tools: told = [offered(t) for t in self._tools_of_rows()]
+    if self._brings_tools: told = [offered_tools(t) for t in self._tools_of_rows()]
     else: told = [self._env_tools[e] for e in self._batch_environments] if self.environment_factories else [self.tools] * n
     return [make_format(self.args.call_format, self._tokenizer, tools, self.chat_template, self.chat_template_kwargs, self.eos_token_ids) for tools in told]
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/11_rollout.ipynb #a08f18b1
 from .calls import RolloutLimits, run_calls, told
 from .engines import EngineError, Sampled, Sampling, noise_seed
-from .environments import environment_tools, offered
+from .environments import environment_tools, offered_tools
 from .formats import ChatFormat, make_format, tool_schemas
 from .executions import SandboxFault, cut_middle
 from .trajectory import StopReason, ToolError, ToolResult, Trajectory, Turn, TurnKind
@@ -109,7 +109,7 @@ def open_row(
     reset = lambda: environment.reset(**row) if hasattr(environment, "reset") else None
     more = reset()   # what the tools are may depend on the row
     named = environment_tools(environment, tools)
-    format = make_format(call_format, tokenizer, offered(named), chat_template, template_kwargs, end_tokens)
+    format = make_format(call_format, tokenizer, offered_tools(named), chat_template, template_kwargs, end_tokens)
     return format.prompt(_asked(row, more)), named, format, environment, reset
 
 # %% ../nbs/11_rollout.ipynb #0d0c029f
