@@ -97,6 +97,7 @@ def messages(row: TraceRow) -> None:
         usual = choice("as", list(WAYS), format_func=WAYS.get)
     for t in turns[here:here + AT_ONCE]:
         earned = [f"{name} {t[name] + 0.0:+.2f}" for name in ("reward", "advantage") if t[name] is not None]
+        earned = [e.replace("-", "−") for e in earned]
         st.caption(" · ".join([f"**Turn {t['turn'] + 1}**", *[t["kind"].replace("_", " ")] * bool(t["kind"]), *earned]).replace("<", r"\<"))
         for k, (who, text) in enumerate(turn_texts(row, t["turn"])):
             message(f"message {row.id} {t['turn']} {k}", who, text, k in t["errors"], usual)

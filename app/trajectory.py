@@ -64,7 +64,7 @@ def badges():
         st.badge(f"reward {row.reward:g}", icon=":material/star:", color="green" if best else "gray")
     told = [a for a in row.turn_advantages if a is not None and a == a]
     if told:
-        st.badge(f"advantage {min(told):+.2f}" + f" to {max(told):+.2f}" * (max(told) - min(told) > .005), icon=":material/trending_up:", color="gray")
+        st.badge(f"advantage {min(told):+.2f}".replace("-", "−") + f" to {max(told):+.2f}".replace("-", "−") * (max(told) - min(told) > .005), icon=":material/trending_up:", color="gray")
     st.badge(plain(row.stop or "unknown stop"), icon=":material/flag:", color="blue" if row.stop in GOOD_STOPS else "orange")
     if row.failed_calls:
         st.badge(f"{row.failed_calls} of {row.calls} calls failed", icon=":material/build:", color="red")
@@ -81,15 +81,15 @@ def badges():
     if row.hint:
         with st.popover("What it was told", icon=":material/lightbulb:"):
             st.text(row.hint)
-    bookmark_button(run, row.id, lambda: "&".join(f"{k}={v}" for k, v in st.query_params.to_dict().items() if k not in ("id", "run")))
 
 
 def header():
     "Where it comes from, what it earned and how it ended."
-    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+    facts, turning = st.columns([7, 4], vertical_alignment="top")
+    with facts, st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.subheader(plain(row.id), anchor=False, width="content")
         badges()
-        st.space("stretch")
+    with turning, st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center", gap="small"):
         go("Previous", ":material/arrow_back:", here - 1, "Shift+H")
         st.caption(f"{here + 1:,} of {len(index):,}", width="content")
         go("Next", ":material/arrow_forward:", here + 1, "Shift+L", "right")
@@ -130,6 +130,7 @@ with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
     view = choice("view", ["tokens", "messages"], format_func=str.capitalize)
     siblings()
     link("steps", f"Step {row.step}, group {row.group}", icon=":material/stacks:", step=row.step, group=row.group, split=row.split)
+    bookmark_button(run, row.id, lambda: "&".join(f"{k}={v}" for k, v in st.query_params.to_dict().items() if k not in ("id", "run")))
 if view == "messages":
     st.session_state.pop("opened", None)
     messages(row)
