@@ -117,7 +117,9 @@ def browser_page() -> Iterator[Any]:   # Playwright's page
         try: yield page
         finally: context.close()
 
-def megabytes(pid: int) -> float:
+def megabytes(
+    pid: int,   # of the process
+) -> float:
     "Memory that a process has in use."
     return int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout) / 1024
 
