@@ -135,6 +135,13 @@ def test_each_spoilt_call_scores_as_the_checker_says():
     assert ours == theirs and 0 < sum(theirs) < len(bad) / 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("category", BFCL_CATEGORIES)
+def test_every_call_of_every_task_spoilt(category):
+    bad = [spoilt(r, i, SPOILT[(i + n) % len(SPOILT)]) for n, r in enumerate(ROWS[category]) for i in range(count_calls(r))]
+    assert len(bad) > 1100 and replay(bad, TOK)[1] == [float(verdict(r)) for r in bad]
+
+
 def test_a_conversation_that_ends_early_scores_nothing():
     row = row_of("multi_turn_base_1")
     (t,), _ = replay([row], TOK)

@@ -14,7 +14,7 @@ from typing import Callable
 from datasets import Dataset
 
 # %% ../nbs/05_bfcl.ipynb #689e478e
-from .bfcl_data import BFCL_CATEGORIES, bfcl_entries, bfcl_entry, call_text, check_bfcl, documented, endless, function_names, one_at_a_time, fresh_apis, read_call
+from .bfcl_data import BFCL_CATEGORIES, bfcl_entries, bfcl_entry, call_text, check_bfcl, documented, endless, function_names, one_at_a_time, fresh_apis, read_call, require_bfcl
 from .trajectory import ToolCall
 
 # %% ../nbs/05_bfcl.ipynb #ba322128
@@ -40,6 +40,7 @@ def bfcl_tasks(
     split: str = "test",                  # "train", "test" (100 each a category) or "all"
 ) -> Dataset:   # columns prompt, answer, environment, task_id, category, split, requests (user turns), ground_truth
     "BFCL's multi-turn tasks. Raises: ValueError for an unknown category or split, or where it is not installed. Source: split of arXiv 2606.26027 (its repository: seed 42)."
+    require_bfcl()
     if split not in ("train", "test", "all"): raise ValueError(f"Unknown split {split!r} of BFCL; choose train, test or all.")
     names = BFCL_CATEGORIES if category == "all" else [category] if isinstance(category, str) else category
     numbered = [(name, f"multi_turn_{name}_{n}", n) for name in names for n in _numbers(split)]
