@@ -62,7 +62,7 @@ def differences(runs):
     if len(runs) < 2:
         return
     table = config_diff({name: r.meta() for name, r in runs.items()})
-    with st.expander(f"{len(table)} setting{'s' * (len(table) != 1)} differ" if len(table) else "The same settings", icon=":material/difference:", expanded=0 < len(table) <= 12):
+    with st.expander(f"{len(table)} setting{'s' * (len(table) != 1)} differ{'s' * (len(table) == 1)}" if len(table) else "The same settings", icon=":material/difference:", expanded=0 < len(table) <= 12):
         if len(table):
             st.dataframe(table, width="stretch", height=min(38 + 35 * len(table), 430), column_config={"_index": st.column_config.TextColumn("Setting", width=260)})
         else:

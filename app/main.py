@@ -4,7 +4,10 @@ import streamlit as st
 from tirlab.app.common import choose_run, stop
 from tirlab.traces import RunError
 
-st.set_page_config(page_title="tirlab", page_icon=":material/timeline:", layout="wide")
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#2F6FB0"/>
+<path d="M5 23 L12 13 L18 18 L27 8" fill="none" stroke="#fff" stroke-width="3.2" stroke-linecap="round" stroke-linejoin="round"/>
+<circle cx="27" cy="8" r="2.6" fill="#F0A04B"/></svg>"""   # a named icon would be fetched from the network
+st.set_page_config(page_title="tirlab", page_icon=ICON, layout="wide")
 pages = [
     st.Page("overview.py", title="Overview", icon=":material/monitoring:", url_path="overview", default=True),
     st.Page("steps.py", title="Steps", icon=":material/stacks:", url_path="steps"),

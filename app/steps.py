@@ -107,7 +107,7 @@ def marks(line):
         st.badge(MARKS[line.origin], icon=":material/school:", color="violet")
     if isinstance(line.dropped, str):
         st.badge(plain(line.dropped), icon=":material/block:", color="red", help="Left out of the loss, wholly or in part")
-    if line.failed_calls:
+    if line.failed_calls > 0:   # NaN in an imported record
         st.badge(f"{int(line.failed_calls)} of {int(line.calls)} calls failed", icon=":material/build:", color="red")
 
 
@@ -139,7 +139,7 @@ telling = [c for c in COLUMNS if c != "split" or table.split.nunique() > 1]
 at = chosen_group()
 if (low := table["mean"].min()) < 0 or table["mean"].max() > 1:   # rewards of another range
     COLUMNS["mean"] = st.column_config.NumberColumn("Mean reward", format="%.2f", width=90)
-st.dataframe(table, column_order=telling, column_config=COLUMNS, hide_index=True, height=min(38 + 35 * len(table), 330), on_select=pick, selection_mode="single-row",
+st.dataframe(table, column_order=telling, column_config=COLUMNS, hide_index=True, height=min(38 + 35 * len(table), 388), on_select=pick, selection_mode="single-row",
              key=f"prompts of {step}", row_height=35)
 group = table.iloc[at]
 cards = rows[(rows.split.fillna("train") == group.split) & (rows.group == group.group)]

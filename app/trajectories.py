@@ -119,7 +119,8 @@ if page.empty:
 
 several = {name for name in ("split", "environment", "origin") if len(choices(str(run.path), len(index), name)) > 1}
 telling = [c for c in COLUMNS if c in page and page[c].notna().any() and (c not in ("split", "environment", "origin") or c in several)]
-event = st.dataframe(page[telling], column_order=telling, column_config=COLUMNS, hide_index=True, height=640, on_select="rerun", selection_mode="single-cell", key="table")
+words_of = {c: page[c].fillna("") for c in ("dropped", "answer", "stop", "origin") if c in telling}   # an empty cell rather than "None"
+event = st.dataframe(page[telling].assign(**words_of), column_order=telling, column_config=COLUMNS, hide_index=True, height=640, on_select="rerun", selection_mode="single-cell", key="table")
 cells = event.selection.cells
 if cells and cells[0][0] < len(page):
     go_to("trajectory", id=page.id.iloc[cells[0][0]])

@@ -174,6 +174,8 @@ def test_in_a_browser(tmp_path):
             browser = p.chromium.launch_persistent_context(str(tmp_path / "profile"), executable_path=BROWSER, args=FLAGS)
             page = browser.new_page()
             page.set_default_timeout(60_000)
+            outside = []
+            page.on("request", lambda r: None if r.url.startswith((url, url.replace("http", "ws"), "data:", "blob:")) else outside.append(r.url))
             for _ in range(100):                                  # until the server listens
                 try:
                     page.goto(url)
@@ -202,6 +204,7 @@ def test_in_a_browser(tmp_path):
             grid.click(position={"x": 200, "y": 52})              # a cell of the first row
             expect(page.locator(".tm[data-painted]")).to_be_visible()                       # what is in it: test_app_tokens.py
             assert "id=000004-0-00" in page.url
+            assert not outside                                    # it works offline
             browser.close()
     finally:
         server.send_signal(signal.SIGTERM)

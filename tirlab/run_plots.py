@@ -238,4 +238,4 @@ def task_rewards(
         fig.add_scatter(x=rows.step + width * (spread - .4), y=rows.reward, mode="markers", marker=dict(color=run_style(j)["color"], size=8, opacity=.6, line_width=0), name=name, showlegend=False,
                         customdata=rows.id, hovertemplate="%{customdata}: %{y:.3g}<extra></extra>")
         fig.add_scatter(x=mean.index, y=mean, mode="lines+markers", line=run_style(j) | dict(width=2.2), marker_size=5, name=name, showlegend=True, hovertemplate="step %{x}: mean %{y:.3g}<extra></extra>")
-    return bare(fig, 260).update_xaxes(title_text="step").update_yaxes(title_text="reward", rangemode="normal")
+    return bare(fig, 260).update_xaxes(title_text="step", **dict(dtick=1) if max(rows.step.max() - rows.step.min() for rows in runs.values() if len(rows)) < 12 else {}).update_yaxes(title_text="reward", rangemode="normal")
