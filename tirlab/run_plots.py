@@ -19,7 +19,7 @@ from plotly.subplots import make_subplots
 from .plots import COLORS, STOPS, bare, nothing_yet, smooth
 
 # %% ../nbs/33c_run_plots.ipynb #c5875ebd
-STATES = {"tool_call": "#3A86C8", "response": "#1B9E77", "text_pollution": "#C9A227", "collapsed": "#D9731A"}   # the same colour for a kind of turn everywhere
+STATES = {"tool_call": "#2F6FB0", "response": "#3DBB94", "text_pollution": "#E6C84F", "collapsed": "#C4500C"}   # the same colour for a kind of turn everywhere
 _HATCH = {"text_pollution": "/", "collapsed": "x"}   # what is not healthy is told by its texture too
 
 def _series(frame: pd.DataFrame, name: str) -> pd.DataFrame:
