@@ -94,7 +94,8 @@ def header():
         st.caption(f"{here + 1:,} of {len(index):,}", width="content")
         go("Next", ":material/arrow_forward:", here + 1, "Shift+L", "right")
     parts = [row.environment] * bool(row.environment) + [f"step {row.step}", f"group {row.group}"]
-    parts += [f"{int(row.mask.sum())} tokens written, {len(row.ids)} in all", f"tools took {row.tool_seconds:.2f} s"]
+    parts += [f"{int(row.mask.sum())} tokens written, {len(row.ids)} in all"] * bool((row.ids >= 0).all())                # an imported record may have
+    parts += [f"tools took {row.tool_seconds:.2f} s"] if row.tool_seconds == row.tool_seconds else []                    # neither of the two
     parts += [f"{name} {value + 0.0:g}" for name, value in row.rewards.items() if value is not None]
     line, reference = index.iloc[mine], f" **Reference:** {plain(row.answer)}" if row.answer is not None else ""
     st.caption(f"{plain(' · '.join(parts))}  \n**Asked:** {plain(str(line.prompt))}{reference}")

@@ -154,6 +154,8 @@ def test_traces_that_verifiers_wrote(tmp_path):
     np.testing.assert_allclose(row.sampling_logprob, [-.1, -.2, -.3, np.nan, np.nan, np.nan, -.4, -.5])
     np.testing.assert_allclose(row.logprob, [-.11, -.21, -.31, np.nan, np.nan, np.nan, -.4, -.5])
     assert row.ids.tolist() == [8, 9, 10, 11, 12, 13, 14, 15] and row.prompt_ids.tolist() == list(range(1, 8))
+    unknown = words.trajectory("000042-0-000")
+    assert unknown.failed_calls is None and np.isnan(unknown.tool_seconds) and unknown.calls == 1 and words.steps()[["failed_calls", "tool_seconds", "tokens"]].isna().all(axis=None)
     assert '[tool] 5' in "".join(words.trajectory("000042-0-000").text) and 'add({"a":2,"b":3})' in "".join(words.trajectory("000042-0-000").text)
 
 

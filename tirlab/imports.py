@@ -101,7 +101,8 @@ class _Names:
         groups = self.groups.setdefault((place[0], place[2]), {})
         number, self.count[place] = self.count[place], self.count[place] + 1
         group = groups.setdefault(x.pop("together", None) or "".join(x["prompt_text"]), len(groups))
-        return TraceRow(id=trace_id(place[0], place[1], number, place[2]), group=group, **{k: v for k, v in x.items() if not k.startswith("_")})
+        unknown = {k: np.nan if k == "tool_seconds" else None for k in x.get("_absent", ()) if k in ("calls", "failed_calls", "tool_seconds")}
+        return TraceRow(id=trace_id(place[0], place[1], number, place[2]), group=group, **{k: v for k, v in x.items() if not k.startswith("_")} | unknown)
 
 # %% ../nbs/35_imports.ipynb #3ff24f5a
 def import_traces(

@@ -60,7 +60,7 @@ def step_line(
 ) -> dict:               # keys STEP_COLUMNS
     "What the trajectories of a step come to."
     column = lambda name: [x.get(name) for x in lines]
-    sums, lowest = {name: sum(v or 0 for v in column(name)) for name in _SUMS}, [v for v in column("min_logprob") if v is not None]
+    sums, lowest = {name: sum(known) if (known := [v for v in column(name) if v is not None]) else None for name in _SUMS}, [v for v in column("min_logprob") if v is not None]
     means = {name: _weighted(column(name), column("model_tokens")) for name in _MEANS}
     words = {name: dict(Counter(w for w in column(key) if w is not None)) for name, key in _WORDS.items()}
     kinds = dict(Counter(k for x in lines for k in x.get("turn_kinds") or []))
