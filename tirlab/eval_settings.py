@@ -8,7 +8,7 @@ __all__ = ['PROTOCOLS', 'Protocol', 'read_eval_settings', 'settings_text', 'name
 
 # %% ../nbs/45_eval_settings.ipynb #492a98af
 import difflib, hashlib, json, math, os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,8 @@ def eval_sampler(
     if what["engine"] not in ("generate", "continuous", "vllm"): raise ValueError(f"Unknown engine {what['engine']!r}; choose generate, continuous or vllm.")
     try: tokenizer = AutoTokenizer.from_pretrained(what["model"] or tiny_policy())
     except (OSError, ValueError) as e: raise ValueError(f"model={what['model']} cannot be loaded: {' '.join(str(e).split()):.200}") from None
-    engine, ends = (_vllm if what["engine"] == "vllm" else _local)(what, tokenizer)
-    return Sampler(engine, tokenizer, ends, _WORLD, limits=limits)
+    engine, ends, context = (_vllm if what["engine"] == "vllm" else _local)(what, tokenizer)
+    return Sampler(engine, tokenizer, ends, _WORLD, limits=replace(limits, context_tokens=context or limits.context_tokens))
 
 # %% ../nbs/45_eval_settings.ipynb #161acf69
 def _local(what, tokenizer):
@@ -158,7 +158,7 @@ def _local(what, tokenizer):
     device = what["device"] or (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
     try: model = AutoModelForCausalLM.from_pretrained(what["model"] or tiny_policy(), dtype=what["dtype"] or ("float32" if device == "cpu" else "bfloat16")).to(device).eval()
     except (OSError, ValueError) as e: raise ValueError(f"model={what['model']} cannot be loaded: {' '.join(str(e).split()):.200}") from None
-    return ContinuousEngine(model, tokenizer) if what["engine"] == "continuous" else GenerateEngine(model, tokenizer, False), end_tokens(model, tokenizer)
+    return ContinuousEngine(model, tokenizer) if what["engine"] == "continuous" else GenerateEngine(model, tokenizer, False), end_tokens(model, tokenizer), getattr(model.config, "max_position_embeddings", None)
 
 def _vllm(what, tokenizer):
     "vLLM in this process."
@@ -173,7 +173,7 @@ def _vllm(what, tokenizer):
     except OSError: generation = GenerationConfig()
     more = {"dtype": what["dtype"]} if what["dtype"] else {}
     llm = LLM(path, logprobs_mode="processed_logprobs", gpu_memory_utilization=what["vllm_memory"], max_num_seqs=what["batch_size"], **more)
-    return VLLMEngine(llm), end_tokens(SimpleNamespace(generation_config=generation), tokenizer)
+    return VLLMEngine(llm), end_tokens(SimpleNamespace(generation_config=generation), tokenizer), llm.llm_engine.model_config.max_model_len
 
 # %% ../nbs/45_eval_settings.ipynb #3b4bbdee
 _HOW = ("out", "key_env", "timeout", "retries", "concurrency", "batch_size", "device", "vllm_memory")
