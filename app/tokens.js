@@ -8,6 +8,7 @@ const safe = text => text.replace(ODD, c => SIGNS[c] ?? (/\p{Cs}/u.test(c) ? "\u
 const known = v => v !== null && v !== undefined && !Number.isNaN(v);
 const number = (v, digits = 3) => known(v) ? (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 10 ** -digits / 2) ? v.toExponential(1) : v.toFixed(digits)).replace("-", "−") : "–";
 const signed = v => (v > 0 ? "+" : "") + number(v, 2);
+const later = window.requestIdleCallback ?? (f => setTimeout(() => f({timeRemaining: () => 8}), 30)), notLater = window.cancelIdleCallback ?? clearTimeout;
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 
 const FRAME = `<div class="bar">
@@ -39,39 +40,60 @@ function mount(host) {
   host.append(style, app);
   const $ = s => app.querySelector(s), pane = $(".pane"), card = $(".card"), slider = $("input"), select = $("select"), canvas = $("canvas"), view = $(".view");
   let version, opened, facts, n, text, id, mask, column, send, drawn = 0;
-  let els, blocks, wrote, suffix, turnOf, at, spot, spikeAt, leastAt, quiet = 0, brought = 0, timer, clock, pending;
+  let els, blocks, shown, perLine, next, idle = null, wrote, suffix, turnOf, at, spot, spikeAt, leastAt, quiet = 0, brought = 0, timer, clock, pending;
 
   /* ---- from a table to spans ---- */
   const NAMES = Array.from({length: CLASSES + 1}, (_, k) => k ? `c${k - 1}` : "u");
   const span = i => `<span class="${mask[i] ? (app.now ? NAMES[app.now[i] + 1] : "") : "o"}${suffix[i]}">${safe(text[i]) || "<i>∅</i>"}</span>`;
-  function lines(from, to) {   /* blocks that end where a line ends: what is off the screen is then not laid out */
-    let out = "", start = from, size = 0;
+  function lines(from, to) {   /* blocks that end where a line ends; each is empty, and as tall as it will probably be, until `build` */
+    let out = "", start = from, size = 0, tall = 0;
     for (let i = from; i < to; i++) {
-      size++;
+      size++; tall += text[i].length / perLine + text[i].includes("\n") / 2;
       if (i + 1 === to || (size >= BLOCK && text[i].endsWith("\n")) || size >= LONGEST || (size > 1 && text[i].length > 4e4)) {
-        let html = "";
-        for (let j = start; j <= i; j++) html += span(j);
-        out += `<div class="b" data-i="${start}">${html}</div>`;
-        start = i + 1; size = 0;
+        const px = Math.ceil(tall) * 22;
+        out += `<div class="b" data-i="${start}" data-to="${i + 1}" style="min-height:${px}px;contain-intrinsic-size:auto ${px}px"></div>`;
+        start = i + 1; size = tall = 0;
       }
     }
     return out;
   }
   function collect(root) {
-    for (const b of root.querySelectorAll(".b")) {
-      let i = +b.dataset.i;
-      const from = i;
-      for (const e of b.children) { els[i] = e; e.at = i++; }
-      blocks.push({el: b, from, to: i});
-    }
+    for (const el of root.querySelectorAll(".b")) blocks.push({el, from: +el.dataset.i, to: +el.dataset.to, fold: el.closest("details"), built: false});
     blocks.sort((a, b) => a.from - b.from);
+    unfolded();
   }
+  const unfolded = () => { shown = blocks.filter(b => !b.fold || b.fold.open); };
+  function build(b) {
+    if (b.built) return;
+    let html = "", i = b.from;
+    for (let j = b.from; j < b.to; j++) html += span(j);
+    b.el.innerHTML = html; b.el.style.minHeight = ""; b.built = true;
+    for (const e of b.el.children) { els[i] = e; e.at = i++; }
+  }
+  function ensure() {   /* what is on the screen, and half a screen around it, is there */
+    const box = pane.getBoundingClientRect(), around = box.height / 2;
+    for (let round = 0; round < 5; round++) {
+      const wanted = [];
+      for (let k = blockAt(box.top - around); k < shown.length && shown[k].el.getBoundingClientRect().top < box.bottom + around; k++) if (!shown[k].built) wanted.push(shown[k]);
+      if (!wanted.length) return;
+      wanted.forEach(build);
+    }
+  }
+  function rest(time) {   /* all else follows when there is nothing better to do, so that it can be searched */
+    for (let k = 0; k < 4 || time.timeRemaining() > 4; k++) {
+      while (next < blocks.length && blocks[next].built) next++;
+      if (next >= blocks.length) { app.dataset.whole = 1; idle = null; return; }
+      build(blocks[next]);
+    }
+    idle = later(rest, {timeout: 300});
+  }
+  function restLater() { delete app.dataset.whole; next = 0; notLater(idle); idle = later(rest, {timeout: 1000}); }
   function fill(box) {   /* tool output, the first time it is opened */
     const inner = box.lastElementChild;
     if (box.full) return;
     box.full = true;
     if (box.dataset.from === undefined) inner.innerHTML = safe(facts.prompt);
-    else { inner.innerHTML = lines(+box.dataset.from, +box.dataset.to); collect(inner); }
+    else { inner.innerHTML = lines(+box.dataset.from, +box.dataset.to); collect(inner); ensure(); restLater(); }
   }
   function toolPart(from, to, error) {
     let first = "";
@@ -102,7 +124,7 @@ function mount(host) {
   }
   function paint(begun, swap) {
     const scale = facts.scales[at.metric];
-    if (swap) { app.now = classes(at.metric); for (const i of wrote) els[i].className = NAMES[app.now[i] + 1] + suffix[i]; }
+    if (swap) { app.now = classes(at.metric); for (const i of wrote) if (els[i]) els[i].className = NAMES[app.now[i] + 1] + suffix[i]; }
     style.textContent = (scale?.colors ?? []).map((color, k) => `.tm .c${k}{background:${color}}`).join("");
     legend(scale); minimap(); jumps();
     if (spot !== null) details();
@@ -143,11 +165,14 @@ function mount(host) {
     for (const i of facts.jumps[at.metric] ?? []) g.fillRect(w - 4, (i + .5) / n * h - 1, 4, 2);
     window_();
   }
+  function blockAt(y) {
+    let a = 0, b = shown.length - 1;
+    while (a < b) { const m = (a + b + 1) >> 1; shown[m].el.getBoundingClientRect().top <= y ? a = m : b = m - 1; }
+    return a;
+  }
   const placeOf = y => {   /* which token lies at a height of the window */
-    let a = 0, b = blocks.length - 1;
-    while (a < b) { const m = (a + b + 1) >> 1; blocks[m].el.getBoundingClientRect().top <= y ? a = m : b = m - 1; }
-    if (!blocks.length) return 0;
-    const {el, from, to} = blocks[a], box = el.getBoundingClientRect();
+    if (!shown.length) return 0;
+    const {el, from, to} = shown[blockAt(y)], box = el.getBoundingClientRect();
     return from + Math.round((to - from) * Math.min(1, Math.max(0, (y - box.top) / (box.height || 1))));
   };
   function window_() {
@@ -177,7 +202,7 @@ function mount(host) {
     sections().forEach((s, k) => { s.toggleAttribute("data-here", k === at.k); s.toggleAttribute("data-later", !!clock && k > at.k); });
   }
   function bring(target, offset) {   /* scroll this pane alone; blocks get their true height only as they come into view, so look again */
-    const put = () => { if (!target.isConnected) return; quiet = performance.now() + 300; pane.scrollTop += target.getBoundingClientRect().top - pane.getBoundingClientRect().top - offset; window_(); };
+    const put = () => { if (!target.isConnected) return; quiet = performance.now() + 300; pane.scrollTop += target.getBoundingClientRect().top - pane.getBoundingClientRect().top - offset; ensure(); window_(); };
     put(); const mine = ++brought; let left = 3;
     const again = () => { if (mine === brought && left--) { put(); requestAnimationFrame(again); } };
     requestAnimationFrame(again);
@@ -191,10 +216,10 @@ function mount(host) {
   function goToken(i, tell = true) {
     if (!(i >= 0 && i < n)) return;
     if (!els[i]) for (const box of pane.querySelectorAll("details[data-from]")) if (i >= +box.dataset.from && i < +box.dataset.to) { fill(box); box.open = true; }
+    build(blocks.find(b => i >= b.from && i < b.to));
     const e = els[i];
-    if (!e) return;
     const fold = e.closest("details");
-    if (fold) fold.open = true;
+    if (fold) { fold.open = true; unfolded(); }
     els[spot]?.removeAttribute("data-s");
     spot = i; at.k = turnOf[i];
     e.setAttribute("data-s", "");
@@ -229,6 +254,7 @@ function mount(host) {
     const boxes = [...pane.querySelectorAll("details[data-from]")], open = boxes.some(b => !b.open);
     const s = sections()[at.k], top = s?.getBoundingClientRect().top;
     for (const b of boxes) { if (open) fill(b); b.open = open; }
+    unfolded();
     if (s) { quiet = performance.now() + 300; pane.scrollTop += s.getBoundingClientRect().top - top; }
     $('[data-do="fold"]').textContent = open ? "Fold tool output" : "Open tool output";
   }
@@ -268,7 +294,7 @@ function mount(host) {
     else if (DO[kind]) DO[kind](b);
     else { const e = ev.target.closest(".b > span"); if (e && getSelection().isCollapsed !== false) goToken(e.at); }
   });
-  app.addEventListener("toggle", ev => { if (ev.target.open) fill(ev.target); window_(); }, true);
+  app.addEventListener("toggle", ev => { if (ev.target.open) fill(ev.target); unfolded(); ensure(); window_(); }, true);
   select.addEventListener("change", () => setMetric(select.value));
   slider.addEventListener("input", () => goTurn(+slider.value));
   pane.addEventListener("scroll", () => {
@@ -276,6 +302,7 @@ function mount(host) {
     timer = requestAnimationFrame(() => {
       timer = null;
       if (!n) return;
+      ensure();
       const k = turnOf[Math.min(n - 1, window_())];
       if (performance.now() > quiet && k !== at.k) { at.k = k; mark(); note(false); }
     });
@@ -289,7 +316,7 @@ function mount(host) {
   });
   const drag = ev => { if (!ev.buttons || !n) return;
     const box = canvas.getBoundingClientRect(), i = Math.max(0, Math.min(n - 1, Math.floor((ev.clientY - box.top) / box.height * n)));
-    const b = blocks.findLast(x => x.from <= i) ?? blocks[0], r = b.el.getBoundingClientRect();
+    const b = shown.findLast(x => x.from <= i) ?? shown[0], r = b.el.getBoundingClientRect();
     pane.scrollTop += r.top + r.height * Math.min(1, (i - b.from) / (b.to - b.from)) - pane.getBoundingClientRect().top - pane.clientHeight / 2; };
   $(".mini").addEventListener("pointerdown", ev => { ev.currentTarget.setPointerCapture(ev.pointerId); drag(ev); });
   $(".mini").addEventListener("pointermove", drag);
@@ -317,7 +344,7 @@ function mount(host) {
     for (let i = 0; i < n; i++) text[i] = pieces.get(i) ?? "";
     id = get("id").toArray(); mask = get("mask").toArray();
     column = Object.fromEntries(facts.metrics.map(m => [m.name, get(m.name).toArray()]));
-    els = new Array(n); blocks = []; wrote = []; spot = null; turnOf = new Int32Array(n);
+    els = new Array(n); blocks = []; perLine = Math.max(20, (pane.clientWidth - 60) / 7.8); wrote = []; spot = null; turnOf = new Int32Array(n);
     const control = new Set(facts.control);
     suffix = text.map(s => (control.has(s) ? " k" : "") + (RIGHT_TO_LEFT.test(s) ? " r" : ""));
     for (let i = 0; i < n; i++) if (mask[i]) wrote.push(i);
@@ -332,7 +359,7 @@ function mount(host) {
     card.innerHTML = NOTHING;
     const prompt = facts.prompt ? `<details class="prompt"><summary><b>Prompt</b><span class="dim">${plural(facts.prompt_tokens, "token")}</span></summary><div class="text hatched"></div></details>` : "";
     pane.innerHTML = prompt + (facts.turns.map(turnHtml).join("") || '<p class="dim">The completion is empty.</p>');
-    pane.scrollTop = 0; collect(pane);
+    pane.scrollTop = 0; collect(pane); ensure(); restLater();
     $('[data-do="fold"]').textContent = "Open tool output"; $('[data-do="fold"]').hidden = !pane.querySelector("details[data-from]");
     paint(begun, false); mark();
     standAt(facts.at);
@@ -343,7 +370,7 @@ function mount(host) {
     if (metric && metric !== at.metric) setMetric(metric);
     if (token !== null && token >= 0 && token < n) goToken(token, false); else if (k >= 0) goTurn(k, false); else note(false);
   }
-  const play_stop = () => { clearInterval(clock); clock = null; clearTimeout(pending); pending = null; const b = $('[data-do="play"]'); b.textContent = "▶"; };
+  const play_stop = () => { notLater(idle); clearInterval(clock); clock = null; clearTimeout(pending); pending = null; const b = $('[data-do="play"]'); b.textContent = "▶"; };
   return {
     update(data, tell) { send = tell; addEventListener("keydown", keys); 
       if (data.facts.version !== version) show(data);

@@ -207,9 +207,9 @@ def page(tmp_path_factory):
 
 
 def to(page, **query):
-    "Open a link, and wait until its tokens are painted."
+    "Open a link, and wait until its tokens are painted and all of them are there."
     page.goto(page.url_of(**query))
-    page.locator(f".tm[data-painted][data-id='{query['id']}']").wait_for()
+    page.locator(f".tm[data-painted][data-whole][data-id='{query['id']}']").wait_for()
     return page.locator(".tm")
 
 
