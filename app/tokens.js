@@ -1,38 +1,6 @@
-/* The token map: outline | tokens | details. Draws one Arrow table and never asks the server; only where the reader stands goes back.
-   Whatever a policy wrote passes through `safe` before it becomes part of a page. */
-const CLASSES = 32, BLOCK = 192, LONGEST = 1024;
-const SIGNS = {"\n": "<i>↵</i>\n", "\t": "<i>⇥</i>\t", "\r": "<i>␍</i>", "\u200c": "\u200c", "\u200d": "\u200d",
-               "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;", "\ufffd": "<i>\ufffd</i>"};
-const ODD = /[&<>"'\ufffd\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu, RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
-const safe = text => text.replace(ODD, c => SIGNS[c] ?? (/\p{Cs}/u.test(c) ? "\ufffd" : `<i>⟨${c.codePointAt(0).toString(16).toUpperCase()}⟩</i>`));
-const known = v => v !== null && v !== undefined && !Number.isNaN(v);
-const number = (v, digits = 3) => known(v) ? (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 10 ** -digits / 2) ? v.toExponential(1) : v.toFixed(digits)).replace("-", "−") : "–";
-const signed = v => (v > 0 ? "+" : "") + number(v, 2);
+/* The token map: outline | tokens | details. Draws one Arrow table and never asks the server; only where the reader stands goes back. */
+const CLASSES = 32, BLOCK = 192, LONGEST = 1024;   /* colours; tokens after which a block may end, and must */
 const later = window.requestIdleCallback ?? (f => setTimeout(() => f({timeRemaining: () => 8}), 30)), notLater = window.cancelIdleCallback ?? clearTimeout;
-const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
-
-const FRAME = `<div class="bar">
- <label>Colour by <select data-do="metric" title="m, M"></select></label>
- <span class="legend" role="img"><span class="low"></span><span class="ramp"></span><span class="high"></span></span>
- <span class="signs"><span class="u">not measured</span><span class="k">control token</span><span class="hatched">not written by the model</span></span>
- <span class="push"><span class="jump" role="group" aria-label="Spikes of this metric"><button data-do="spike-" title="previous spike (p)">‹</button><span data-is="spikes"></span><button data-do="spike+" title="next spike (n)">›</button></span>
- <span class="jump" role="group" aria-label="Least likely tokens"><button data-do="least-" title="likelier (U)">‹</button><span data-is="least"></span><button data-do="least+" title="next least likely token (u)">›</button></span></span>
-</div>
-<div class="bar turns">
- <button data-do="turn-" title="previous turn (h)" aria-label="Previous turn">‹</button>
- <input type="range" min="0" value="0" step="1" data-do="turn" aria-label="Turn">
- <button data-do="turn+" title="next turn (l)" aria-label="Next turn">›</button>
- <button data-do="play" title="play (k)" aria-label="Play">▶</button><span data-is="turn"></span>
- <span class="push"><button data-do="fold" title="open or fold all tool output (o)">Open tool output</button>
- <button data-do="link" title="copy a link to exactly this view">Copy link</button></span>
-</div>
-<div class="cols">
- <nav class="outline" aria-label="Turns"></nav>
- <div class="pane" tabindex="0" role="region" aria-label="Tokens; arrow keys move between them"></div>
- <div class="mini" aria-hidden="true"><canvas></canvas><div class="view"></div></div>
- <aside class="card" aria-live="polite"></aside>
-</div>
-<div class="keys">h l turns · H L trajectories · n p spikes · u U least likely · ← → tokens · m metric · o tool output · k play</div>`;
 
 function mount(host) {
   const app = document.createElement("div"), style = document.createElement("style");
@@ -109,8 +77,6 @@ function mount(host) {
     return `<section data-k="${k}" aria-label="Turn ${t.turn + 1}"><header><b>Turn ${t.turn + 1}</b>${kindChip(t)}<span class="dim">${plural(t.tokens, "token")}</span>` +
            `<span class="numbers">${numbers.join("")}${kl.join("")}</span></header>${parts.join("")}</section>`;
   }
-  const KINDS = ["tool_call", "response", "text_pollution", "collapsed"];
-  const kindChip = t => t.kind ? `<span class="kind${KINDS.indexOf(t.kind)}">${safe(t.kind.replaceAll("_", " "))}</span>` : "";
   function outlineHtml(t, k) {
     const failed = t.errors.length ? `<span class="bad" title="a tool answered with an error">✖</span>` : "";
     return `<button data-do="go" data-k="${k}"><span class="no">${t.turn + 1}</span>${kindChip(t)}${failed}<span class="adv" title="reward of the turn">${known(t.reward) && t.reward ? signed(t.reward) : ""}</span></button>`;
@@ -260,13 +226,6 @@ function mount(host) {
   }
 
   /* ---- the card of a token ---- */
-  const BYTES = new TextEncoder();
-  function bytes(s) {
-    if (s.includes("\ufffd")) return "part of a character: the token alone is not valid UTF-8";
-    const b = BYTES.encode(s.slice(0, 64)), all = s.length > 64 ? BYTES.encode(s).length : b.length;
-    return [...b.slice(0, 16)].map(x => x.toString(16).padStart(2, "0").toUpperCase()).join(" ") + (all > 16 ? ` … (${plural(all, "byte")})` : "");
-  }
-  const short = s => safe(s.length > 160 ? s.slice(0, 160) : s) + (s.length > 160 ? `<i>… ${plural(s.length, "character")}</i>` : "") || "<i>∅</i>";
   function details() {
     const i = spot, t = facts.turns[turnOf[i]], around = [];
     const rows = facts.metrics.map(m => [m, column[m.name][i]]).filter(([, v]) => known(v)).map(([m, v]) => {
@@ -282,7 +241,6 @@ function mount(host) {
       (mask[i] ? (rows.length ? "" : '<p class="dim">Nothing was measured here.</p>') : '<p class="dim">Not written by the model: it carries no gradient.</p>') +
       `<h4>Neighbours${metric ? `: ${safe(metric.label)}` : ""}</h4><div class="near">${around.join("")}</div>`;
   }
-  const NOTHING = '<p class="dim">Click a token, or press n for the next spike and u for the least likely token.</p>';
 
   /* ---- one handler for all ---- */
   const DO = {"turn-": () => goTurn(at.k - 1), "turn+": () => goTurn(at.k + 1), "spike-": () => spike(-1), "spike+": () => spike(1), "least-": () => least(-1), "least+": () => least(1),

@@ -1,4 +1,4 @@
-"""The token map of a trajectory: what goes to the browser, and the component that draws it there (tokens.js, tokens.css)."""
+"""The token map of a trajectory: what goes to the browser, and the component that draws it there (tokens_text.js, tokens.js, tokens.css)."""
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,8 @@ def payload(version: str, _row: TraceRow, _names: tuple, _control: tuple, _score
     return {"facts": facts, "tokens": token_table(_row, metrics)}
 
 
-_component = st.components.v2.component("tirlab_tokens", css=(HERE / "tokens.css").read_text("utf-8"), js=(HERE / "tokens.js").read_text("utf-8"))
+_css, *_js = ((HERE / name).read_text("utf-8") for name in ("tokens.css", "tokens_text.js", "tokens.js"))
+_component = st.components.v2.component("tirlab_tokens", css=_css, js="\n".join(_js))
 
 
 def token_map(run: Run, row: TraceRow, at: dict, moved) -> None:
