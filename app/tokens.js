@@ -105,7 +105,7 @@ function mount(host) {
     box.hidden = $(".signs").hidden = !scale;
     select.hidden = !scale; select.parentNode.firstChild.textContent = scale ? "Colour by " : "No number was stored for the tokens of this trajectory. ";
     if (!scale) return;
-    const step = 100 / CLASSES, ends = [`${scale.low}` + (scale.low === scale.plain ? "" : " or less"), `${+scale.high.toFixed(2)}` + (scale.high === scale.plain ? "" : " or more")].map(s => s.replace("-", "−"));
+    const step = 100 / CLASSES, ends = [`${scale.low}` + (scale.low === scale.plain ? "" : " or less"), `${+scale.high.toFixed(2)}` + (scale.high === scale.plain || scale.bounded ? "" : " or more")].map(s => s.replace("-", "−"));
     $(".low").textContent = ends[0]; $(".high").textContent = ends[1];
     $(".ramp").style.backgroundImage = `linear-gradient(to right,${scale.colors.map((c, k) => `${c} ${k * step}% ${(k + 1) * step}%`).join(",")})`;
     box.setAttribute("aria-label", `${scale.label}: from ${ends[0]} to ${ends[1]}`); box.title = scale.label;
