@@ -26,8 +26,8 @@ def scale_facts(metric: str) -> dict:
     "What the browser must know of a scale: its ends, and of each class its colour and how strong it is."
     scale = scale_of(metric)
     values = scale.low + np.arange(CLASSES) / (CLASSES - 1) * (scale.high - scale.low)
-    return {"label": scale.label, "low": scale.low, "high": scale.high, "plain": scale.plain, "bounded": metric.startswith("p:") or metric == "surprise", "colors": [class_color(k, scale) for k in range(CLASSES)],
-            "strength": np.abs(values - scale.plain).round(6).tolist()}
+    return {"label": scale.label, "low": scale.low, "high": scale.high, "plain": scale.plain, "bounded": metric.startswith("p:") or metric == "surprise",
+            "colors": [class_color(k, scale) for k in range(CLASSES)], "strength": np.abs(values - scale.plain).round(6).tolist()}
 
 
 def probed(meta: dict, row: TraceRow) -> tuple:

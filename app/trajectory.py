@@ -64,7 +64,8 @@ def badges():
         st.badge(f"reward {row.reward:g}", icon=":material/star:", color="green" if best else "gray")
     told = [a for a in row.turn_advantages if a is not None and a == a]
     if told:
-        st.badge(f"advantage {min(told):+.2f}".replace("-", "−") + f" to {max(told):+.2f}".replace("-", "−") * (max(told) - min(told) > .005), icon=":material/trending_up:", color="gray")
+        width = f" to {max(told):+.2f}" * (max(told) - min(told) > .005)
+        st.badge(f"advantage {min(told):+.2f}{width}".replace("-", "−"), icon=":material/trending_up:", color="gray")
     st.badge(plain(row.stop or "unknown stop"), icon=":material/flag:", color="blue" if row.stop in GOOD_STOPS else "orange")
     if row.failed_calls:
         st.badge(f"{row.failed_calls} of {row.calls} calls failed", icon=":material/build:", color="red")
