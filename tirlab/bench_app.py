@@ -7,7 +7,7 @@ __all__ = ['CONTROL', 'WORDS', 'FLAGS', 'noise_row', 'add_noise', 'noise_run', '
            'megabytes', 'clicked', 'opened', 'time_tokens', 'time_pages', 'time_live', 'time_big', 'bench_app']
 
 # %% ../nbs/50d_bench_app.ipynb #fa0aa257
-import json, random, shutil, statistics, subprocess, sys, tempfile, time
+import json, os, random, shutil, statistics, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -250,9 +250,9 @@ def bench_app(
     n: int = 64,             # trajectories in a step
     steps: int = 200,        # of the run
     big: tuple = (1000, 512),   # steps and trajectories of the big one
-) -> dict:                   # milliseconds, and megabytes of the server
+) -> dict:                   # milliseconds, megabytes of the server, and how busy the machine was before
     "What a reader of the app waits for. Raises: RunError without a browser."
-    figures = dict(repeats=repeats, steps=steps, n=n, tokens=600, big_trajectories=big[0] * big[1])
+    figures = dict(repeats=repeats, steps=steps, n=n, tokens=600, big_trajectories=big[0] * big[1], load=os.getloadavg()[0])
     with tempfile.TemporaryDirectory() as folder, browser_page() as page:
         folder = Path(folder)
         noise_run(folder/"run", steps, n, 600)
