@@ -7,9 +7,12 @@ from tirlab.collapse import Alarm as Alarm, CollapseMonitor as CollapseMonitor, 
 from tirlab.config import *
 from tirlab.continuous import ContinuousEngine as ContinuousEngine
 from tirlab.drift import assert_masks as assert_masks, drift_check as drift_check, drift_check_model as drift_check_model
+from tirlab.endpoint import Endpoint as Endpoint
 from tirlab.engines import *
 from tirlab.environments import *
-from tirlab.evaluate import *
+from tirlab.estimates import Estimate as Estimate, interval as interval, majority_vote as majority_vote, pass_at_k as pass_at_k
+from tirlab.eval_runs import Sampler as Sampler, compare_runs as compare_runs, evaluate_run as evaluate_run
+from tirlab.evaluate import Evaluation as Evaluation, evaluate as evaluate, evaluate_cells as evaluate_cells, restore as restore
 from tirlab.executions import Execution as Execution, Limits as Limits, SandboxFault as SandboxFault, Status as Status
 from tirlab.exports import export_dataset as export_dataset, export_html as export_html
 from tirlab.formats import *
@@ -19,6 +22,8 @@ from tirlab.interpreters import Interpreter as Interpreter
 from tirlab.remote import least_loaded as least_loaded, ray_nodes as ray_nodes, remote as remote
 from tirlab.interventions import Clamp as Clamp, clamps_from as clamps_from, random_clamps as random_clamps
 from tirlab.demonstrations import demonstrate as demonstrate, is_whole as is_whole
+from tirlab.mathematics import math_tasks as math_tasks
+from tirlab.patterns import pattern_judge as pattern_judge, pattern_shares as pattern_shares, reasoning_patterns as reasoning_patterns
 from tirlab.presets import PRESETS as PRESETS, preset as preset, preset_plan as preset_plan, preset_trainer as preset_trainer, train_preset as train_preset
 from tirlab.reflections import EndpointWriter as EndpointWriter, rule_writer as rule_writer
 from tirlab.rewards import *

@@ -41,7 +41,8 @@ def interval(
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
     if not len(values): return float("nan"), float("nan")
-    return tuple(np.quantile(_means(values, (0.0, 1.0), draws, seed), [(1 - level) / 2, (1 + level) / 2]).tolist())
+    low, high = np.quantile(_means(values, (0.0, 1.0), draws, seed), [(1 - level) / 2, (1 + level) / 2])
+    return float(min(low, values.mean())), float(max(high, values.mean()))   # it holds what was seen, too
 
 # %% ../nbs/43b_estimates.ipynb #d99da210
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def compare(
     most = np.abs(d).max() or 1.0   # nothing differed: it could have
     means = _means(d, (-most, most), draws, seed)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(d.mean()), float(low), float(high), float(np.clip(2 * min((means <= 0).mean(), (means >= 0).mean()), 1 / draws, 1)), len(d))
+    return Difference(float(d.mean()), float(min(low, d.mean())), float(max(high, d.mean())), float(np.clip(2 * min((means <= 0).mean(), (means >= 0).mean()), 1 / draws, 1)), len(d))
 
 # %% ../nbs/43b_estimates.ipynb #75cfd122
 def summary(

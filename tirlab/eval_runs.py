@@ -25,7 +25,7 @@ from .calls import RolloutLimits
 from .endpoint import Endpoint, EndpointFormat
 from .engines import Sampling
 from .estimates import Difference, compare, summary
-from .evaluate import check_rows, score
+from .evaluate import check_rows, score_rows
 from .files import Tail, append_lines, plain, write_atomic
 from .patterns import PATTERNS, reasoning_patterns
 from .recorder import Recorder, trace_row
@@ -173,7 +173,7 @@ class _Scribe:
         for unit, tries in done:
             rewards, kept = [None] * len(tries), [i for i, t in enumerate(tries) if t.stop is not StopReason.FAILED]
             if kept:
-                for i, r in zip(kept, score([unit.row] * len(kept), [tries[i] for i in kept], self.reward)): rewards[i] = r
+                for i, r in zip(kept, score_rows([unit.row] * len(kept), [tries[i] for i in kept], self.reward)): rewards[i] = r
             rows += [self._row(unit, j, t, r) for j, t, r in zip(unit.tries, tries, rewards)]
             found += [{"model_tokens": tokens_written(t), "tokens": None, "prompt_tokens": None} if self.sampler.tokenizer is None else {} for t in tries]
             self.items[unit.cell, unit.item] = line = _item(unit, tries, rewards, self.k, self.items.get((unit.cell, unit.item)))
@@ -299,7 +299,7 @@ def result_of(
         lines = [items[cell, i] for i in range(size) if (cell, i) in items]
         known, each = [p for line in lines for p in line["patterns"] if p], [s for line in lines for s, e in zip(line["stops"], line["errors"]) if not e]
         tokens = [t for line in lines for t, e in zip(line["tokens"], line["errors"]) if not e]
-        out[cell] = dict(items=len(lines), of=size, format=call_format, estimates={n: asdict(e) for n, e in summary([x["rewards"] for x in lines], _ks(config["k"]), [x["answers"] for x in lines], same).items()},
+        out[cell] = dict(items=len(lines), of=size, format=call_format, estimates={n: asdict(e) for n, e in summary([x["rewards"] for x in lines], _ks(config["k"]), None if config["reward"] == "bfcl_reward" else [x["answers"] for x in lines], same).items()},
                          patterns={name: float(np.mean([bool(p[name]) for p in known])) if known else None for name in PATTERNS},
                          stops={s: each.count(s) for s in dict.fromkeys(each)}, tokens=None if None in tokens or not tokens else float(np.mean(tokens)))
     missing = config["k"] * sum(c["of"] - c["items"] for c in out.values())
