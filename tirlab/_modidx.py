@@ -1055,7 +1055,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'tirlab.rows.write_parquet': ('rows.html#write_parquet', 'tirlab/rows.py')},
             'tirlab.run_plots': { 'tirlab.run_plots._band': ('run_plots.html#_band', 'tirlab/run_plots.py'),
                                   'tirlab.run_plots._both': ('run_plots.html#_both', 'tirlab/run_plots.py'),
-                                  'tirlab.run_plots._clickable': ('run_plots.html#_clickable', 'tirlab/run_plots.py'),
                                   'tirlab.run_plots._layout': ('run_plots.html#_layout', 'tirlab/run_plots.py'),
                                   'tirlab.run_plots._line': ('run_plots.html#_line', 'tirlab/run_plots.py'),
                                   'tirlab.run_plots._marks': ('run_plots.html#_marks', 'tirlab/run_plots.py'),
