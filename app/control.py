@@ -21,12 +21,6 @@ if metrics.empty and steps.empty:
     stop(NOTHING_YET, ":material/hourglass_empty:")
 
 
-def clicked(event):
-    "The step that was clicked, None if there is none."
-    points = event.selection.points if event else []
-    return round(points[0]["x"]) if points and isinstance(points[0].get("x"), (int, float)) else None
-
-
 def quantiles():
     "The figure, with what is shown chosen above it."
     if not (names := control_names(metrics)):
@@ -35,11 +29,9 @@ def quantiles():
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         chosen = st.pills("Control tokens", names, selection_mode="multi", default=names[:4], key="tokens", bind="query-params")
         log = st.toggle("Logarithmic", True, key="log", help="Trouble begins at a thousandth, which a linear axis does not show", bind="query-params")
-    st.caption("Line: median over positions. Band: the middle four fifths. Dotted: the maximum. Click a point to open its step.")
+    st.caption("Line: median over positions. Band: the middle four fifths. Dotted: the maximum.")
     fig = control_quantiles(metrics, chosen or names[:4], log, taught(metrics), read_alarms(run.path)).update_layout(uirevision=f"{chosen} {log}")
-    event = st.plotly_chart(fig, config={"displayModeBar": False}, key="quantiles", on_select="rerun", selection_mode="points", alt="Quantiles of the probability of control tokens")
-    if (step := clicked(event)) is not None:
-        go_to("steps", step=step)
+    st.plotly_chart(fig, config={"displayModeBar": False}, key="quantiles", alt="Quantiles of the probability of control tokens")
 
 
 def spikes():

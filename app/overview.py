@@ -97,6 +97,12 @@ def chosen(event) -> int | None:
     return round(points[0]["x"]) if points and isinstance(points[0].get("x"), (int, float)) else None
 
 
+@st.cache_resource(max_entries=8, show_spinner=False)
+def panels(path: str, size: tuple, _metrics, _steps, _alarms):
+    "The figure, made once for what there is to show."
+    return overview(_metrics, _steps, taught(_metrics), _alarms).update_layout(uirevision="run")
+
+
 def main():
     metrics, steps, alarms = run.metrics(), run.steps(), read_alarms(run.path)
     if metrics.empty and steps.empty:
@@ -110,10 +116,10 @@ def main():
     banner(alarms)
     tiles(metrics, steps)
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-        st.caption("Click a point to open its step. Grey: every other round of RL. Narrow band: supervised training. Dotted: an alarm.", width="content")
+        st.caption("Click a line to open its step. Grey: every other round of RL. Narrow band: supervised training. Dotted: an alarm.", width="content")
         if ticking:
             st.toggle("Follow live", True, key="follow", persist_state="session", help="Off: the panels stay as they are while you read")
-    fig = overview(metrics, steps, taught(metrics), alarms).update_layout(uirevision="run")
+    fig = panels(str(run.path), (meta.get("created"), len(metrics), len(steps), int(steps.trajectories.sum()), len(alarms)), metrics, steps, alarms)
     event = st.plotly_chart(fig, config={"displayModeBar": False}, key="panels", on_select="rerun", selection_mode="points", alt="Nine panels of the run over its steps")
     if (step := chosen(event)) is not None:
         go_to("steps", step=step)

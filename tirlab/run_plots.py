@@ -28,12 +28,13 @@ def _series(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     values = pd.DataFrame({"step": frame.step, "split": frame.split, "y": pd.to_numeric(frame[name], errors="coerce").replace([np.inf, -np.inf], np.nan)})
     return values.dropna(subset="y").sort_values("step")
 
+_HIDDEN = dict(mode="lines+markers", marker=dict(size=9, opacity=0, maxdisplayed=200), unselected=dict(marker_opacity=0))   # points that nobody sees, and that can be clicked
+
 def _line(fig: go.Figure, values: pd.DataFrame, label: str, color: str, place: dict, **more) -> None:
-    "Measured values faint and clickable, their mean strong, evaluations as diamonds."
+    "Measured values faint, their mean strong, evaluations as diamonds."
     train, held = values[values.split == "train"], values[values.split == "eval"]
     tip = f"%{{y:.3g}}<extra>{label}%{{meta}}</extra>"
-    fig.add_scatter(x=train.step, y=train.y, mode="lines+markers", line=dict(color=color, width=1), marker=dict(size=9, color=color, opacity=0), opacity=.4,
-                    meta="", hovertemplate=tip, showlegend=False, **place)
+    fig.add_scatter(x=train.step, y=train.y, **_HIDDEN, line=dict(color=color, width=1), opacity=.4, meta="", hovertemplate=tip, showlegend=False, **place)
     fig.add_scatter(x=train.step, y=smooth(train.y), name=label, mode="lines" if len(train) > 1 else "markers", hoverinfo="skip",
                     **dict(line=dict(color=color, width=2.2), showlegend=False) | more, **place)
     if len(held): fig.add_scatter(x=held.step, y=held.y, mode="markers", marker=dict(size=8, symbol="diamond", color=color, line=dict(width=1, color="white")),
@@ -96,7 +97,7 @@ def _layout(fig: go.Figure, count: int, columns: int, height: int, steps: pd.Ser
     for i, a in enumerate(fig.layout.annotations): a.x = fig.layout[f"xaxis{i + 1 if i else ''}"].domain[0]
     bare(fig, 62 + height * rows).update_layout(hovermode="x unified", clickmode="event+select", margin=dict(l=42, r=10, t=30, b=30), hoverlabel=dict(font_size=12))
     first, last = (steps.min(), steps.max()) if len(steps) else (0, 1)
-    return fig.update_xaxes(range=[first - .5, max(last, first + 1) + .5], showspikes=False).update_traces(unselected=dict(marker_opacity=0), selector=dict(mode="lines+markers"))
+    return fig.update_xaxes(range=[first - .5, max(last, first + 1) + .5])
 
 def _marks(fig: go.Figure, count: int, rounds: list[dict], alarms: list[dict], last: float) -> None:
     "Shade rounds of RL in turn and supervision between them; a dashed line at each step with an alarm."
@@ -172,10 +173,10 @@ def _band(fig: go.Figure, metrics: pd.DataFrame, prefix: str, color: str, place:
     "The middle four fifths as a band, the median as a line, the maximum as a thin one."
     low, mid, high, top = (_series(metrics, f"{prefix}_{q}") for q in ("p10", "p50", "p90", "max"))
     tip = lambda what: f"%{{y:.3g}}<extra>{what}</extra>"
+    fig.add_scatter(x=mid.step, y=mid.y, mode="lines", line=dict(width=2, color=color), hovertemplate=tip("median"), **place)
     fig.add_scatter(x=low.step, y=low.y, mode="lines", line=dict(width=0, color=color), hovertemplate=tip("10%"), **place)
     fig.add_scatter(x=high.step, y=high.y, mode="lines", line=dict(width=0, color=color), fill="tonexty", fillcolor=f"rgba({','.join(str(int(color[i:i + 2], 16)) for i in (1, 3, 5))},.28)", hovertemplate=tip("90%"), **place)
     fig.add_scatter(x=top.step, y=top.y, mode="lines", line=dict(width=1, color=color, dash="dot"), hovertemplate=tip("maximum"), **place)
-    fig.add_scatter(x=mid.step, y=mid.y, mode="lines+markers", line=dict(width=2, color=color), marker=dict(size=9, opacity=0, color=color), hovertemplate=tip("median"), **place)
 
 def control_quantiles(
     metrics: pd.DataFrame,       # `Run.metrics()`
