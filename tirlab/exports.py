@@ -29,7 +29,7 @@ _HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 
 def _facts(row: TraceRow) -> str:
     "What a row is, in a line."
-    known = [f"step {row.step}", f"group {row.group}", f"reward {row.reward:g}" if row.reward is not None else "", row.stop and f"ended by {row.stop}", f"{row.calls} calls" if row.calls else "",
+    known = [f"step {row.step}", f"group {row.group}", f"reward {row.reward:g}" if row.reward is not None else "", row.stop and f"ended by {row.stop}", f"{row.calls} call{'s' * (row.calls > 1)}" if row.calls else "",
              row.origin if row.origin != "sampled" else "", row.dropped and f"left out of the loss: {row.dropped}", row.answer and f"reference: {row.answer}"]
     return html.escape(" · ".join(x for x in known if x))
 
