@@ -147,7 +147,7 @@ def watch(run: Run, seen):
     def tick():
         if seen() != was:
             st.rerun()
-    st.fragment(tick, run_every=.5 if run.status() in ("running", "stalled") else None)()
+    st.fragment(tick, run_every=.3 if run.status() in ("running", "stalled") else None)()
 
 
 def bookmarks(run: Run) -> dict[str, dict]:

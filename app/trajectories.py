@@ -28,7 +28,7 @@ COLUMNS = {
     "split": st.column_config.TextColumn("Split", width=60),
     "id": st.column_config.TextColumn("Id", width=115),
 }
-MOST = 1000   # rows that are sent to the browser
+MOST = 500   # rows that are sent to the browser
 BOUND = {"bind": "query-params"}
 
 run = the_run()
