@@ -533,3 +533,14 @@ def test_a_lost_sandbox_costs_a_rollout_one_more_try(faults, tmp_path):
     lost = index[index.stop == "failed"]
     assert again > 0 and len(lost) == (0 if faults == 1 else again)
     assert (lost.dropped == "sandbox: gone").all() and lost.reward.isna().all() and set(lost.group) <= {0}
+
+
+def test_an_engine_goes_on_after_an_interrupt_that_came_before_it_began():
+    engine = BatchEngine(lambda prompts, samplings: [Sampled([1])] * len(prompts), thread=False)
+
+    async def left():
+        asyncio.ensure_future(engine.generate([1], Sampling(1)))
+        await asyncio.sleep(0)   # it waits, and the batch has not begun
+
+    asyncio.run(left())
+    assert asyncio.run(asyncio.wait_for(engine.generate([2], Sampling(1)), 10)).ids == [1]

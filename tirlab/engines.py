@@ -194,21 +194,19 @@ class BatchEngine:
         "The next turn of one rollout. Raises: EngineError where the sampler failed."
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((ids, sampling, future))
-        if self._task is None: self._task = asyncio.ensure_future(self._serve())
+        if self._task is None or self._task.done(): self._task = asyncio.ensure_future(self._serve())
         return await future
 
     async def _serve(self):
-        try:
-            while self._waiting:
-                seen = 0
-                while seen < len(self._waiting): seen = len(self._waiting); await asyncio.sleep(0.002 if self._pool else 0)
-                self._waiting = [w for w in self._waiting if not w[2].done()]   # whoever was cancelled waits no more
-                if not self._waiting: break
-                kind = _kind(self._waiting[0][1])
-                batch = [w for w in self._waiting if _kind(w[1]) == kind]
-                self._waiting = [w for w in self._waiting if _kind(w[1]) != kind]
-                await self._answer(batch)
-        finally: self._task = None
+        while self._waiting:
+            seen = 0
+            while seen < len(self._waiting): seen = len(self._waiting); await asyncio.sleep(0.002 if self._pool else 0)
+            self._waiting = [w for w in self._waiting if not w[2].done()]   # whoever was cancelled waits no more
+            if not self._waiting: break
+            kind = _kind(self._waiting[0][1])
+            batch = [w for w in self._waiting if _kind(w[1]) == kind]
+            self._waiting = [w for w in self._waiting if _kind(w[1]) != kind]
+            await self._answer(batch)
 
     def _turns(self, prompts, samplings):
         try: turns = self._sample(prompts, samplings)
