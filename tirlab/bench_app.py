@@ -143,7 +143,7 @@ def clicked(
     done: str,    # JavaScript: whether the page shows it; `ready(page)`, `chart()`, `tm`, and `was` (how it was before)
 ) -> float:       # ms
     "Milliseconds from an action to its picture."
-    return page.evaluate(_CLOCK, [act, done])
+    return float(page.evaluate(_CLOCK, [act, done]))
 
 _DRAWN = "document.querySelector('.tirlab-ready[data-page=\"overview\"]') && document.querySelector('.js-plotly-plot .main-svg')"
 
