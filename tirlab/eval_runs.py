@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/43c_eval_runs.ipynb #9961a17c
 from .batches import task_name
 from .calls import RolloutLimits
+from .environments import offered_tools
 from .endpoint import Endpoint, EndpointFormat
 from .engines import Sampling
 from .estimates import Difference, compare, summary
@@ -54,11 +55,10 @@ class Sampler:
         if not isinstance(self.engine, Endpoint):
             prompt, named, format, owner, reset = open_row(row, self.tokenizer, self.environment_factory, self.tools, call_format, self.end_tokens)
             return prompt, self.engine, named, format, owner, reset
-        offered, line = [], self.engine.line(self.limits.completion_tokens)
-        def keep(messages, tools=None, **more): offered.extend(tools or []); return list(messages)   # in place of a template: messages stay messages
-        as_they_are = SimpleNamespace(chat_template="", apply_chat_template=keep)
+        line = self.engine.line(self.limits.completion_tokens)
+        as_they_are = SimpleNamespace(chat_template="", apply_chat_template=lambda messages, **more: list(messages))   # in place of a template: messages stay messages
         messages, named, _, owner, reset = open_row(row, as_they_are, self.environment_factory, self.tools)
-        format = EndpointFormat(line, offered, call_format, self.limits.first_call_only)
+        format = EndpointFormat(line, offered_tools(named), call_format, self.limits.first_call_only)
         return format.prompt(messages), line, named, format, owner, reset
 
 # %% ../nbs/43c_eval_runs.ipynb #04b5e332
