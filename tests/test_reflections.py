@@ -235,7 +235,7 @@ def test_everything_else_is_final(bad, words):
         assert len(asked) == 1 and "\n" not in str(e.value) and len(str(e.value)) < 500 and url in str(e.value)
 
 
-@pytest.mark.parametrize("after, least", [("0.6", 0.6), (formatdate(time.time() - 9, usegmt=True), 0.0), ("soon", 0.0), ("-5", 0.0), ("nan", 0.0)])
+@pytest.mark.parametrize("after, least", [("0.6", 0.6), (formatdate(time.time() - 9, usegmt=True), 0.0), ("soon", 0.0), ("-5", 0.0), ("nan", 0.0)], ids=["seconds", "a time gone by", "no time", "negative", "nan"])
 def test_a_server_says_when_to_come_back(after, least):
     with endpoint((429, b"slow", {"Retry-After": after}), says("So.")) as (url, asked):
         assert writer(url)("?") == "So."
