@@ -184,14 +184,14 @@ def test_in_a_browser(tmp_path):
                     page.wait_for_timeout(200)
             expect(page.get_by_text("16 trajectories")).to_be_visible(timeout=60_000)
             add_steps(writer, [3])
-            expect(page.get_by_text("24 trajectories")).to_be_visible(timeout=20_000)      # it follows by itself
+            expect(page.get_by_text("24 trajectories")).to_be_visible(timeout=60_000)      # it follows by itself
             page.wait_for_timeout(1000)
             page.locator(".js-plotly-plot .nsewdrag").first.click()                         # a point leads to its step
             expect(page.locator(".tirlab-ready[data-page=steps]")).to_be_attached()
             assert re.search(r"steps\?step=\d", page.url)
             page.get_by_text("Follow live").click()                                         # and the newest one is followed again
             add_steps(writer, [4])
-            expect(page.locator(".tirlab-ready[data-page=steps][data-step='4']")).to_be_attached(timeout=20_000)
+            expect(page.locator(".tirlab-ready[data-page=steps][data-step='4']")).to_be_attached(timeout=60_000)
             page.get_by_role("link", name="Search").first.click()
             page.get_by_role("textbox", name="Text").fill("what is")
             page.keyboard.press("Enter")
