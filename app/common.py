@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from tirlab.annotations import bookmark, read_bookmarks
 from tirlab.traces import Run, RunError, open_run
@@ -140,13 +141,19 @@ def badge(run: Run) -> str:
     return status
 
 
-def watch(run: Run, seen):
-    "While the run goes on, draw the page anew as soon as `seen()` is something else than now. The tick itself draws nothing, so nothing flickers and no click is lost."
-    was = seen()
+def watch(run: Run, seen, show=lambda: None):
+    """While the run goes on, draw the page anew as soon as `seen()` is something else than now. A tick draws only `show()`, so nothing flickers and no click is lost.
+    The first thing on every page: what is written while the page is drawn is then seen too, and the tick is the same fragment on all pages. That matters after
+    turning to another page: a late tick of the one that was left makes Streamlit empty the new one, and the next tick has to draw it again."""
+    was, page, emptied = seen(), get_script_run_ctx().page_script_hash, False
 
     def tick():
-        if seen() != was:
+        nonlocal emptied
+        if get_script_run_ctx().page_script_hash != page:
+            emptied = True
+        elif emptied or seen() != was:
             st.rerun()
+        show()
     st.fragment(tick, run_every=.3 if run.status() in ("running", "stalled") else None)()
 
 

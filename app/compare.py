@@ -4,7 +4,7 @@ from pathlib import Path
 import streamlit as st
 
 from tirlab.annotations import config_diff
-from tirlab.app.common import NOTHING_YET, chosen_run, go_to, open_cached, plain, ready, run_name, run_paths, stop, the_run
+from tirlab.app.common import NOTHING_YET, chosen_run, go_to, open_cached, plain, ready, run_name, run_paths, stop, the_run, watch
 from tirlab.run_plots import compare, task_rewards
 from tirlab.traces import RunError
 
@@ -13,6 +13,7 @@ METRICS = {"reward": "Reward", "entropy": "Entropy, nats a token", "grad_norm": 
 SIBLINGS, TASKS = 40, 300   # folders beside the run, tasks to choose from: at most
 
 run = the_run()
+watch(run, lambda: None)
 
 
 @st.cache_data(ttl=20, show_spinner=False)

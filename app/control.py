@@ -15,8 +15,8 @@ COLUMNS = {
 }
 
 run = the_run()
-meta, metrics, steps = run.meta(), run.metrics(), run.steps()
 watch(run, lambda: (len(run.metrics()), len(run.steps())))
+meta, metrics, steps = run.meta(), run.metrics(), run.steps()
 if metrics.empty and steps.empty:
     stop(NOTHING_YET, ":material/hourglass_empty:")
 

@@ -20,8 +20,8 @@ COLUMNS = {
 MOST = 1000   # rows that are sent to the browser
 
 run = the_run()
-index, steps = run.index(), run.steps()
 watch(run, lambda: len(run.steps()))
+index, steps = run.index(), run.steps()
 if index.empty:
     stop(NOTHING_YET, ":material/hourglass_empty:")
 lost = index[index.dropped.notna()]

@@ -19,25 +19,33 @@ TILES = {   # metric -> title, format, what it is
 SHOWN = 3   # alarms that are shown at once
 
 run = the_run()
-meta = run.meta()
-ticking = run.status() in ("running", "stalled")
+
+
+def seen():
+    "What this page shows of the run; it is drawn anew when that changes."
+    return run.status(), *((len(run.metrics()), len(run.steps())) if st.session_state.get("follow", True) else ()), st.session_state.get("follow", True)
 
 
 def head():
     "Which run, and how it is."
+    meta = run.meta()
     model, name = str(meta.get("model") or "unknown model"), run_name(run.path.resolve())
     if len(run_paths()) < 2:   # else it is named above
         st.subheader(plain(name), anchor=False)
     with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
-        st.fragment(lambda: badge(run), run_every=5.0 if ticking else None)()
+        status = badge(run)
         st.caption(plain(f"{Path(model).name if Path(model).is_absolute() else model} · {run.path.resolve()}"), width="content")
-    status = run.status()
     if meta.get("error"):
         st.error(plain(str(meta["error"])), icon=":material/error:")
     elif status == "interrupted":
         st.caption(f"Stopped at step {meta.get('step', 0)} before it was done. What it wrote until then is here.")
     elif status == "stalled":
         st.caption("It says that it is running, but has not been heard of for a while: a very long step, or its process died.")
+
+
+watch(run, seen, head)
+meta = run.meta()
+ticking = run.status() in ("running", "stalled")
 
 
 def tiles(metrics, steps):
@@ -86,11 +94,6 @@ def totals(steps, now):
     st.caption(said + (f" · {run.skipped} damaged or foreign lines were left out." if run.skipped else ""))
 
 
-def seen():
-    "What this page shows of the run; it is drawn anew when that changes."
-    return run.status(), *((len(run.metrics()), len(run.steps())) if st.session_state.get("follow", True) else ()), st.session_state.get("follow", True)
-
-
 def chosen(event) -> int | None:
     "The step that was clicked."
     points = event.selection.points if event else []
@@ -126,9 +129,7 @@ def main():
     totals(steps, meta)
 
 
-head()
 main()
-watch(run, seen)
 with st.expander("Configuration and versions", icon=":material/settings:"):
     left, right = st.columns(2)
     left.json(meta.get("config") or {}, expanded=1)

@@ -24,9 +24,9 @@ COLUMNS = {
 SIDE_BY_SIDE, AT_ONCE = 3, 24   # cards in a row, on the page
 
 run = the_run()
+watch(run, lambda: len(run.steps()) if number("step") is None else len(run.steps()) > 0)
 steps = run.steps()
 if steps.empty:
-    watch(run, lambda: len(run.steps()))
     stop(NOTHING_YET, ":material/hourglass_empty:")
 numbers = sorted({int(s) for s in steps.step})
 ticking = run.status() in ("running", "stalled")
@@ -36,6 +36,7 @@ if asked is not None and asked not in numbers:
     asked = min(numbers, key=lambda s: abs(s - asked))
 step = asked if asked is not None else numbers[-1]
 here = numbers.index(step)
+following = asked is None
 
 
 def turn_to(to: int | None):
@@ -47,9 +48,15 @@ def turn_to(to: int | None):
 
 
 def asked_for():
-    "The step that was typed, or the one next to it."
-    wanted = st.session_state[f"step {step}"]
-    turn_to(min(numbers, key=lambda s: abs(s - wanted)))
+    "The step that was typed, or the one next to it. Streamlit also calls for what nobody touched: a widget that the browser has just drawn, or still has."
+    if (wanted := st.session_state[f"step {step}"]) != step:
+        turn_to(min(numbers, key=lambda s: abs(s - wanted)))
+
+
+def follow_or_stay():
+    "The newest step from now on, or the one that is here; the same care."
+    if st.session_state[f"follow {following} {step}"] != following:
+        turn_to(step if following else None)
 
 
 with st.container(horizontal=True, vertical_alignment="center", gap="small"):
@@ -57,10 +64,8 @@ with st.container(horizontal=True, vertical_alignment="center", gap="small"):
     st.number_input("Step", numbers[0], numbers[-1], step, key=f"step {step}", on_change=asked_for, label_visibility="collapsed", width=130)
     st.button("Next", icon=":material/arrow_forward:", icon_position="right", shortcut="Shift+L", disabled=here + 1 == len(numbers), on_click=turn_to,
               args=[numbers[min(here + 1, len(numbers) - 1)]])
-    following = asked is None
     if ticking:
-        st.toggle("Follow live", following, key=f"follow {following} {step}", on_change=lambda: turn_to(step if following else None),
-                  help="Shows the newest step; choosing a step or a prompt lets go")
+        st.toggle("Follow live", following, key=f"follow {following} {step}", on_change=follow_or_stay, help="Shows the newest step; choosing a step or a prompt lets go")
     st.caption(f"step {step} of {numbers[-1]}", width="content")
 
 index = run.index()
@@ -164,5 +169,4 @@ for start in range(0, len(lines), SIDE_BY_SIDE):
     for column, line in zip(st.columns(SIDE_BY_SIDE, gap="small"), lines[start:start + SIDE_BY_SIDE]):
         with column:
             card(line, best)
-watch(run, lambda: len(run.steps()) if number("step") is None else 0)
 ready("steps", step=step, group=int(group.group), rollouts=len(lines))

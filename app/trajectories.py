@@ -32,9 +32,9 @@ MOST = 500   # rows that are sent to the browser
 BOUND = {"bind": "query-params"}
 
 run = the_run()
+watch(run, lambda: len(run.steps()) > 0)
 index = run.index()
 if index.empty:
-    watch(run, lambda: len(run.steps()))
     stop(NOTHING_YET, ":material/hourglass_empty:")
 
 

@@ -2,7 +2,7 @@
 import numpy as np
 import streamlit as st
 
-from tirlab.app.common import NOTHING_YET, bookmark_button, link, number, plain, ready, stop, the_run
+from tirlab.app.common import NOTHING_YET, bookmark_button, link, number, plain, ready, stop, the_run, watch
 from tirlab.app.messages import choice, messages
 from tirlab.app.tokens import token_map
 from tirlab.traces import RunError
@@ -16,6 +16,7 @@ ORIGINS = {   # origin -> icon, what it means
 }
 
 run = the_run()
+watch(run, lambda: len(run.steps()) > 0)
 index = run.index()
 if index.empty:
     stop(NOTHING_YET, ":material/hourglass_empty:")

@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from trace_rows import add_steps, make_row, make_run
 
 import tirlab.app
-from tirlab.app.launch import command, free_port, launch
+from tirlab.app.launch import command, launch
 from tirlab.traces import RunError, RunWriter, trace_id
 
 APP = Path(tirlab.app.__file__).parent
@@ -29,6 +29,13 @@ def app(monkeypatch, run, page="overview.py", **query):
         test.switch_page(page).run()
     assert not test.exception
     return test
+
+
+def own_port():
+    "A port that the system picks: tests run beside one another, and the app's usual port may be taken between asking and listening."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def words(test):
@@ -165,7 +172,7 @@ FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --
 def test_in_a_browser(tmp_path):
     from playwright.sync_api import Error, expect, sync_playwright
     writer = make_run(tmp_path / "run", steps=2, status="running")
-    port = free_port()
+    port = own_port()
     code = "import sys; from tirlab.app.launch import launch; sys.exit(launch(sys.argv[1], port=int(sys.argv[2]), headless=True))"
     server = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), str(port)], stdout=subprocess.PIPE, text=True)
     try:
@@ -174,6 +181,7 @@ def test_in_a_browser(tmp_path):
             browser = p.chromium.launch_persistent_context(str(tmp_path / "profile"), executable_path=BROWSER, args=FLAGS)
             page = browser.new_page()
             page.set_default_timeout(60_000)
+            expect.set_options(timeout=60_000)
             outside = []
             page.on("request", lambda r: None if r.url.startswith((url, url.replace("http", "ws"), "data:", "blob:")) else outside.append(r.url))
             for _ in range(100):                                  # until the server listens
@@ -182,20 +190,23 @@ def test_in_a_browser(tmp_path):
                     break
                 except Error:
                     page.wait_for_timeout(200)
-            expect(page.get_by_text("16 trajectories")).to_be_visible(timeout=60_000)
+            expect(page.get_by_text("16 trajectories")).to_be_visible()
             add_steps(writer, [3])
-            expect(page.get_by_text("24 trajectories")).to_be_visible(timeout=60_000)      # it follows by itself
-            page.wait_for_timeout(1000)
-            page.locator(".js-plotly-plot .nsewdrag").first.click()                         # a point leads to its step
+            expect(page.get_by_text("24 trajectories")).to_be_visible()      # it follows by itself
+            page.wait_for_function("document.querySelector('.js-plotly-plot')?.calcdata?.[0].length == 3")
+            page.wait_for_timeout(500)
+            page.locator(".js-plotly-plot .nsewdrag").first.click()                         # the point in the middle leads to its step
             expect(page.locator(".tirlab-ready[data-page=steps]")).to_be_attached()
-            assert re.search(r"steps\?step=\d", page.url)
+            for _ in range(5):                                                              # and stays there while the run goes on
+                page.wait_for_timeout(300)
+                assert re.search(r"steps\?step=2$", page.url)
             page.get_by_text("Follow live").click()                                         # and the newest one is followed again
             add_steps(writer, [4])
-            expect(page.locator(".tirlab-ready[data-page=steps][data-step='4']")).to_be_attached(timeout=60_000)
+            expect(page.locator(".tirlab-ready[data-page=steps][data-step='4']")).to_be_attached()
             page.get_by_role("link", name="Search").first.click()
             page.get_by_role("textbox", name="Text").fill("what is")
             page.keyboard.press("Enter")
-            expect(page).to_have_url(re.compile("text=what"), timeout=20_000)               # what was asked for stands in the address
+            expect(page).to_have_url(re.compile("text=what"))                               # what was asked for stands in the address
             page.reload()
             expect(page.get_by_role("textbox", name="Text")).to_have_value("what is")
             grid = page.locator(".stDataFrameGlideDataEditor").first

@@ -1,14 +1,16 @@
 """Pages about a run as a whole: steps and groups, control tokens, several runs, search, what was dropped."""
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_app import app, words
+from test_app import PAGES, app, words
 from trace_rows import CONTROL, add_steps, make_row, make_run
 
 from tirlab.annotations import read_bookmarks
-from tirlab.traces import RunWriter, trace_id
+from tirlab.app import common
+from tirlab.traces import Run, RunWriter, trace_id
 
 
 def html(test):
@@ -176,3 +178,67 @@ def test_a_damaged_file_leaves_the_rest(eventful, monkeypatch, name, pages):
             assert "32 trajectories" in words(test)
         if name == "index.jsonl" and page in ("steps", "trajectories"):
             assert re.search("not in the index|No trajectory was written", test.info[0].value)
+
+
+class Screen:
+    "What `watch` needs of Streamlit, without a browser: the page that a message is for, the fragment, and whether the page was drawn anew."
+
+    def __init__(self, monkeypatch):
+        self.page, self.tick, self.every, self.anew = "steps", None, None, 0
+        monkeypatch.setattr(common, "get_script_run_ctx", lambda: SimpleNamespace(page_script_hash=self.page))
+        monkeypatch.setattr(common.st, "rerun", lambda: setattr(self, "anew", self.anew + 1))
+        monkeypatch.setattr(common.st, "fragment", self.fragment)
+
+    def fragment(self, tick, run_every):
+        self.tick, self.every = tick, run_every
+        return tick
+
+
+@pytest.mark.parametrize("page, follows", [(page, page in ("overview.py", "steps.py", "control.py", "dropped.py")) for page in PAGES])
+def test_what_is_written_while_a_page_is_drawn_is_seen(tmp_path, monkeypatch, page, follows):
+    "Every page reads the run only after it has begun to watch."
+    writer, done, watched = make_run(tmp_path / "run", steps=2, status="running"), [], []
+
+    def watch(run, seen, show=lambda: None):
+        before = len(done)
+        watched.append((seen, seen(), show()))
+        done[before:] = ["watch"]
+    for name, place in (("steps", Run), ("metrics", Run), ("index", Run), ("the_run", common)):
+        monkeypatch.setattr(place, name, lambda *of, read=getattr(place, name), name=name: (done.append(name), read(*of))[1])
+    monkeypatch.setattr(common, "watch", watch)
+    app(monkeypatch, tmp_path / "run", page)
+    assert [b for a, b in zip(done, done[1:]) if a == "the_run"] == ["watch"] * done.count("the_run")
+    seen, was, _ = watched[-1]
+    add_steps(writer, [3])
+    assert (seen() != was) == follows
+
+
+def test_the_page_is_drawn_anew_when_the_run_goes_on(tmp_path, monkeypatch):
+    writer, screen = make_run(tmp_path / "run", steps=2, status="running"), Screen(monkeypatch)
+    run, shown = Run(tmp_path / "run"), []
+    common.watch(run, lambda: len(run.steps()), lambda: shown.append(1))
+    screen.tick()
+    assert screen.every and not screen.anew and len(shown) == 2
+    add_steps(writer, [3])
+    screen.tick()
+    assert screen.anew == 1
+
+
+def test_a_tick_of_the_page_that_was_left_costs_one_drawing(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", steps=2, status="running")
+    screen = Screen(monkeypatch)
+    common.watch(Run(tmp_path / "run"), lambda: None)
+    screen.page = "overview"
+    screen.tick()                                                          # sent before the browser knew better: to go there would be to go back
+    assert not screen.anew
+    screen.page = "steps"
+    screen.tick()
+    assert screen.anew == 1
+
+
+def test_a_run_that_ended_is_not_asked_again(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", steps=2)
+    screen = Screen(monkeypatch)
+    common.watch(Run(tmp_path / "run"), lambda: None)
+    assert screen.every is None
+
