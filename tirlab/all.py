@@ -22,7 +22,7 @@ from tirlab.interpreters import Interpreter as Interpreter
 from tirlab.remote import least_loaded as least_loaded, ray_nodes as ray_nodes, remote as remote
 from tirlab.interventions import Clamp as Clamp, clamps_from as clamps_from, random_clamps as random_clamps
 from tirlab.demonstrations import demonstrate as demonstrate, is_whole as is_whole
-from tirlab.mathematics import math_tasks as math_tasks
+from tirlab.mathematics import boxed as boxed, math_tasks as math_tasks
 from tirlab.patterns import pattern_judge as pattern_judge, pattern_shares as pattern_shares, reasoning_patterns as reasoning_patterns
 from tirlab.presets import PRESETS as PRESETS, preset as preset, preset_plan as preset_plan, preset_trainer as preset_trainer, train_preset as train_preset
 from tirlab.reflections import EndpointWriter as EndpointWriter, rule_writer as rule_writer

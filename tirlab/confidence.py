@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/20b_confidence.ipynb #bdb9dac3
-from .rewards import boxed, final_text, math_equal, same_prompt
+from .mathematics import boxed
+from .rewards import final_text, math_equal, same_prompt
 from .tasks import is_correct
 
 # %% ../nbs/20b_confidence.ipynb #f5abf94f

@@ -30,8 +30,9 @@ from .evaluate import check_rows, score_rows
 from .files import Tail, append_lines, plain, write_atomic
 from .patterns import PATTERNS, reasoning_patterns
 from .recorder import Recorder, trace_row
-from .rewards import answer_reward, boxed, final_text
-from .rollout import Turnstile, _closing, open_row, rollout, run_async
+from .mathematics import boxed
+from .rewards import answer_reward, final_text
+from .rollout import Turnstile, open_row, retried, rollout, run_async
 from .syntax import SYNTAXES
 from .traces import RunError, RunWriter, TraceRow, check_folder, read_meta
 from .trajectory import StopReason, Trajectory
@@ -66,10 +67,8 @@ async def _one_try(sampler, unit, j, gate, sampling, seed, slots):
     "One rollout of one row."
     prompt, engine, named, format, owner, reset = sampler.open(unit.row, unit.call_format)
     engine = gate.seat(unit.seat + j) if gate else engine
-    for last in (False, True):
-        with _closing(owner): done = await rollout(prompt, engine, named, format, sampler.limits, sampling, (seed, "evaluate", unit.number + j), slots, owner=owner)
-        if last or not (done.error or "").startswith("sandbox: "): break
-        reset()
+    begin = lambda: rollout(prompt, engine, named, format, sampler.limits, sampling, (seed, "evaluate", unit.number + j), slots, owner=owner)
+    done = await retried(begin, owner, reset)
     if gate: gate.leave()
     return done
 

@@ -23,7 +23,7 @@ from .engines import Sampling, end_tokens
 from .environments import PythonEnvironment
 from .eval_runs import Sampler, evaluate_run
 from .mathematics import BENCHMARKS, BOXED, SUFFIXES, math_tasks
-from .presets import _read_yaml
+from .presets import read_settings
 from .rewards import answer_reward, math_equal, math_reward
 from .tasks import ENVIRONMENTS, FAMILIES, make_tasks
 from .tiny import tiny_policy
@@ -68,12 +68,7 @@ def read_eval_settings(
     words: list[str],   # key=value
 ) -> dict[str, Any]:    # every setting, typed: what was typed over the file config=FILE over the preset over the defaults
     "Settings of an evaluation. Raises: ValueError, in one sentence, for words, names and values that mean nothing; OSError where the file is not."
-    for word in words:
-        if "=" not in word: raise ValueError(f"{word!r} is not key=value.")
-    given = dict(word.split("=", 1) for word in words)
-    given = (_read_yaml(given.pop("config")) if "config" in given else {}) | given
-    for key in given:
-        if key not in _SETTINGS: raise ValueError(f"Unknown setting {key!r}; the nearest is {difflib.get_close_matches(str(key), [*_SETTINGS, 'config'], 1, 0)[0]}.")
+    given = read_settings(words, _SETTINGS, "setting")
     name = given.get("preset")
     if name is not None and name not in PROTOCOLS: raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PROTOCOLS)}.")
     typed = {key: _typed(key, value) for key, value in given.items()}

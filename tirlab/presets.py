@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'ROUND_KEYS', 'TRAIN_KEYS', 'Preset', 'preset', 'read_sett
 import difflib, json, math, os, re, time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Collection
 
 # %% ../nbs/44a_presets.ipynb #e29aab7b
 import yaml
@@ -141,20 +141,23 @@ def preset(
 ROUND_KEYS = dict.fromkeys(["rounds", "failed_rule", "writer_url", "writer_model"])   # of recipes with rounds
 TRAIN_KEYS = {"recipe": "gtpo", "model": None, "tasks": "arithmetic", "level": None, "n": 256} | ROUND_KEYS   # with their defaults; config names a file
 _SFT_KEYS = {f"sft_{f.name}": f.name for f in fields(SFTConfig)}
-_KNOWN = [*TRAIN_KEYS, "config", *[f.name for f in fields(TIRConfig)], *_SFT_KEYS]
+_KNOWN = [*TRAIN_KEYS, *[f.name for f in fields(TIRConfig)], *_SFT_KEYS]
 
 def read_settings(
-    words: list[str],   # key=value, values as text
-) -> dict[str, Any]:    # key -> value, those of the file config=FILE first
+    words: list[str],                     # key=value, values as text
+    known: Collection[str] | None = None, # keys that mean something; None for those of training
+    kind: str = "argument",               # what such a key is called
+) -> dict[str, Any]:                      # key -> value, those of the file config=FILE first
     "What was typed, over what the YAML file says. Raises: ValueError for words and names that mean nothing; OSError where the file is not."
     for word in words:
         if "=" not in word: raise ValueError(f"{word!r} is not key=value.")
     given = dict(word.split("=", 1) for word in words)
     given = (_read_yaml(given.pop("config")) if "config" in given else {}) | given
+    known = _KNOWN if known is None else known
     for key in given:
-        if key in _KNOWN: continue
-        near = difflib.get_close_matches(str(key), _KNOWN, 1, 0)
-        raise ValueError(f"Unknown argument {key!r}; the nearest is {near[0]}.")
+        if key in known: continue
+        near = difflib.get_close_matches(str(key), [k for k in (*known, "config") if k != key], 1, 0)
+        raise ValueError(f"Unknown {kind} {key!r}; the nearest is {near[0]}.")
     return given
 
 # %% ../nbs/44a_presets.ipynb #bd086bb1
