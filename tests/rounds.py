@@ -22,8 +22,7 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    folder, where = sys.argv[1], (sys.argv[2:] or [None])[0]
+def main(folder, where=None):
     args = TIRConfig(output_dir=folder, run_dir=folder + "/run", per_device_train_batch_size=8, num_generations=4, max_completion_length=120, learning_rate=1e-4, beta=0.05, seed=3, advantage="gtpo",
                      save_strategy="steps", save_steps=1, disable_tqdm=True, report_to="none", prompt_sampling="mopps", probe="off")
     trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("all", n=12), environment_factory=ENVIRONMENTS)
@@ -42,3 +41,7 @@ if __name__ == "__main__":
     plan.train(trainer, resume=True)
     trainer.accelerator.wait_for_everyone()   # gloo aborts a process whose partner has gone first
     trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,16 +1,13 @@
 """Evaluation: estimates against exact arithmetic, runs that are killed, cells, and the command line."""
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from forks import forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tirlab import cli
@@ -122,11 +119,10 @@ def test_a_run_goes_on_and_gives_what_it_would_have_given(policy, tmp_path):
 
 def test_a_killed_process_goes_on(tmp_path):
     words = ["tasks=arithmetic", "n=16", "k=2", "max_completion_length=64", "batch_size=4"]
-    process = subprocess.Popen([sys.executable, "-m", "tirlab.cli", "eval", *words, f"out={tmp_path}/a"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None and not (tmp_path / "a/items.jsonl").exists(): time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process, end = forked(cli.main, ["eval", *words, f"out={tmp_path}/a"], said=tmp_path / "said"), time.monotonic() + 120
+    while time.monotonic() < end and process.is_alive() and not (tmp_path / "a/items.jsonl").exists(): time.sleep(0.02)
+    process.kill()
+    process.join()
     with open(tmp_path / "a/items.jsonl", "a") as f: f.write('{"cell": "chat", "item": 15, "rewa')   # a line that the kill tore
     assert 0 < len(read_items(tmp_path / "a")) < 16
     assert cli.main(["eval", *words, f"out={tmp_path}/a"]) == 0 and cli.main(["eval", *words, f"out={tmp_path}/b"]) == 0

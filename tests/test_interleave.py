@@ -1,13 +1,12 @@
 """Rounds of RL and of supervised training in one run: heads, references, resuming, alarms."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import rounds
 import torch
+from forks import ended, forked, side_by_side
 from transformers import TrainerCallback
 
 from tirlab.all import (Alarm, CollapseMonitor, DemonstrationSFT, Detectors, ErroneousTrajectories, Hints, Interleave, OnAlarm, Reflections, RejectionSampling, TIRConfig, TIRTrainer, answer_reward,
@@ -113,23 +112,22 @@ def weights(folder):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    run_script(folder)
+    assert run_script(folder) == 0
     return folder
 
 
 def run_script(folder, *where):
-    script = str(Path(__file__).with_name("rounds.py"))
-    return subprocess.run([sys.executable, script, str(folder), *where], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    "How a process that runs rounds.py ended."
+    return ended(forked(rounds.main, str(folder), *where, said=f"{folder}.said"))
 
 
 @pytest.mark.parametrize("where,phases", [("start", 0), ("rl", 2), ("rl-end", 2), ("sft", 3), ("sft-end", 1), ("between", 1)])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(tmp_path, whole, where, phases):
     "SIGKILL in the first round, in a later one, in supervised training, at the last step of either, between the two: the same weights, lessons and tasks as without, bit for bit."
-    assert run_script(tmp_path, where).returncode == -9
+    assert run_script(tmp_path, where) == -9
     done = tmp_path / "phases.json"
     assert (len(json.loads(done.read_text())) if done.exists() else 0) == phases
-    done = run_script(tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert run_script(tmp_path) == 0, Path(f"{tmp_path}.said").read_text()[-3000:]
     a, b = weights(tmp_path), weights(whole)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     plain = lambda folder: [{k: v for k, v in p.items() if k != "seconds"} for p in json.loads((folder / "phases.json").read_text())]
@@ -140,13 +138,12 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(tmp_path, whol
 
 def test_a_finished_run_is_not_trained_again(whole):
     before = (whole / "phases.json").read_text()
-    assert run_script(whole).returncode == 0 and (whole / "phases.json").read_text() == before
+    assert run_script(whole) == 0 and (whole / "phases.json").read_text() == before
 
 
 def test_two_processes_go_through_the_same_phases(tmp_path):
-    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(__file__).with_name("rounds.py")), str(tmp_path)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    said = tmp_path / "said"
+    assert side_by_side(2, rounds.main, str(tmp_path), said=said) == [0, 0], "".join(Path(f"{said}-{rank}").read_text()[-3000:] for rank in (0, 1))
     phases, index = json.loads((tmp_path / "phases.json").read_text()), open_run(tmp_path / "run").index()
     assert [p["kind"] for p in phases] == ["rl", "sft", "rl", "sft", "rl"] and all(p["steps"] and p["losses"] for p in phases if p["kind"] == "sft")
     assert {*index[index.phase == "rl"]["rank"]} == {0, 1} and len(index[index.phase == "sft"]) == sum(p.get("rows", 0) for p in phases)

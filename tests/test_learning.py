@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import two_processes
+from forks import ended, forked, side_by_side
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
@@ -338,14 +340,11 @@ def test_options_without_a_meaning_beside_gtpo_are_refused_by_name(option):
 
 def test_two_processes_learn_what_one_does(tmp_path):
     "A group that lies across two gloo processes: same rollouts, same advantages, same reasons to leave one out, same rows shown and told, as in one process."
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-    script, runs = str(Path(__file__).with_name("two_processes.py")), []
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
-        done = subprocess.run([sys.executable, *launch, script, str(tmp_path / name)], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]   # the launcher's own words come last and say nothing
+    runs = []
+    said = tmp_path / "said"
+    assert ended(forked(two_processes.main, str(tmp_path / "one"), said=said)) == 0, said.read_text()[-3000:]
+    assert side_by_side(2, two_processes.main, str(tmp_path / "two"), said=said) == [0, 0], "".join(f.read_text()[-3000:] for f in tmp_path.glob("said-*"))
+    for name in ("one", "two"):
         run = open_run(tmp_path / name / "run")
         rows = [run.trajectory(i) for i in run.index().id]
         runs.append(sorted((tuple(r.ids), tuple(round(a, 4) for a in r.turn_advantages), r.dropped, r.origin, r.hint) for r in rows))

@@ -1,15 +1,12 @@
 """Published recipes: each trains, and each does what a hand table says it does."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import ended, forked
 from test_learning import batch_and_gradient, call, gradient, trainer
 
 import tirlab.objective
@@ -336,17 +333,16 @@ def test_a_killed_recipe_with_rounds_goes_on_to_the_same_end(tmp_path):
              "sft_learning_rate=1e-4", "probe=off", *(f"{k}={v}" for k, v in SMALL.items() if k not in ("max_steps", "save_strategy"))]
     def run(folder, *more, until=None):
         "Run to the end, or until a checkpoint is there."
-        process = subprocess.Popen([sys.executable, "-m", "tirlab.cli", "train", *words, f"output_dir={folder}", *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        while until and process.poll() is None:
-            if (folder / until / "trainer_state.json").exists(): process.send_signal(signal.SIGKILL); break
+        process = forked(main, ["train", *words, f"output_dir={folder}", *more], said=tmp_path / "said")
+        while until and process.is_alive():
+            if (folder / until / "trainer_state.json").exists(): process.kill(); break
             time.sleep(0.01)
-        return process.communicate(timeout=300)[0], process.returncode
+        return ended(process)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    assert run(cut, until="phase-00-rl/checkpoint-1")[1] == -9 and not (cut / "phases.json").exists()
-    assert run(cut, "--resume", until="phase-01-sft/checkpoint-1")[1] == -9 and len(json.loads((cut / "phases.json").read_text())) == 1
-    said, code = run(cut, "--resume")
-    assert code == 0, said[-3000:]
-    assert run(whole)[1] == 0
+    assert run(cut, until="phase-00-rl/checkpoint-1") == -9 and not (cut / "phases.json").exists()
+    assert run(cut, "--resume", until="phase-01-sft/checkpoint-1") == -9 and len(json.loads((cut / "phases.json").read_text())) == 1
+    assert run(cut, "--resume") == 0, (tmp_path / "said").read_text()[-3000:]
+    assert run(whole) == 0
     phases = [[{k: v for k, v in p.items() if k != "seconds"} for p in json.loads((f / "phases.json").read_text())] for f in (cut, whole)]
     assert phases[0] == phases[1] and [p["kind"] for p in phases[0]] == ["rl", "sft", "rl"] and phases[0][1]["rows"] > 2
     a, b = (torch.load(f / "phase-02-rl" / "weights.pt", weights_only=True) for f in (cut, whole))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import ended, forked
 from transformers import AutoTokenizer, TrainerCallback
 
 from tirlab import all as tirlab_all
@@ -242,9 +243,9 @@ def test_interrupting_the_demo_leaves_a_run_that_opens(tmp_path):
 
 def test_demo_prints_figures_of_its_own_run_and_repeats_them(tmp_path):
     def go(name):
-        done = subprocess.run(command("demo", "--steps", "2", "--seed", "7", "--out", str(tmp_path / name), "--json"), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        said = tmp_path / f"{name}.said"
+        assert ended(forked(main, ["demo", "--steps", "2", "--seed", "7", "--out", str(tmp_path / name), "--json"], said=said)) == 0, said.read_text()
+        return json.loads(said.read_text().strip().splitlines()[-1])
     first, second = go("a"), go("b")
     assert set(first) == {"success_before", "success_after", "seconds", "rollouts_per_second", "run_dir"}
     assert [first[k] for k in ("success_before", "success_after")] == [second[k] for k in ("success_before", "success_after")]

@@ -6,9 +6,9 @@ import sys
 from tirlab.all import AuxiliarySFT, Hints, OffPolicy, TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
 from tirlab.tasks import ENVIRONMENTS
 
-if __name__ == "__main__":
+def main(folder):
     n = 16 // int(os.environ.get("WORLD_SIZE", 1))
-    args = TIRConfig(output_dir=sys.argv[1], run_dir=sys.argv[1] + "/run", advantage="gtpo", void_filter="trajectory", max_steps=1, per_device_train_batch_size=n, num_generations=16,
+    args = TIRConfig(output_dir=folder, run_dir=folder + "/run", advantage="gtpo", void_filter="trajectory", max_steps=1, per_device_train_batch_size=n, num_generations=16,
                      max_completion_length=120, prompt_sampling="mopps", replay_successes=4, oversample=1.0, oversample_rounds=2, min_reward_std=1e-3,
                      seed=0, save_strategy="no", disable_tqdm=True, report_to="none")
     trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("all", n=4), environment_factory=ENVIRONMENTS,
@@ -16,3 +16,7 @@ if __name__ == "__main__":
     trainer.train()
     trainer.accelerator.wait_for_everyone()   # gloo aborts a process whose partner has gone first
     trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

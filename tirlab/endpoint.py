@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 # %% ../nbs/15_endpoint.ipynb #e23b84fb
 from .engines import EngineError, Sampled, Sampling
-from .formats import _answers, _as_text, _instructed, tool_schemas, turn_kind
+from .formats import results_text, text_messages, tool_schemas, turn_kind
 from .reflections import EndpointWriter, _answer, without_thoughts
 from .syntax import syntax_of
 from .trajectory import ToolCall, ToolResult, TurnKind
@@ -157,7 +157,7 @@ class EndpointFormat:
 
     def prompt(self, messages: list[dict]) -> list[dict]:
         "The messages to begin with."
-        return _instructed(_as_text(messages, self.name), syntax_of(self.name).describe(self.tools)) if self.text else list(messages)
+        return text_messages(messages, self.name, self.tools) if self.text else list(messages)
 
     def parse(self, ids: list[dict], prefix: list[dict]) -> tuple[dict, list[ToolCall], TurnKind]:
         "A turn as message, calls and structural state."
@@ -183,7 +183,7 @@ class EndpointFormat:
 
     def observe(self, results: list[ToolResult], ended: bool = True) -> list[dict]:
         "Messages that bring results back."
-        if self.text: return [{"role": "user", "content": _answers([r.content for r in results])}]
+        if self.text: return [{"role": "user", "content": results_text([r.content for r in results])}]
         return [{"role": "tool", "name": r.name, "content": r.content} for r in results]
 
     def reply(self, content: str, ended: bool = True) -> list[dict]:

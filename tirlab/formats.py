@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROL_TOKENS', 'render_call', 'parse_message', 'turn_kind', 'observation_ids', 'control_ids', 'cut_after_call',
-           'template_syntax', 'ChatFormat', 'TextFormat', 'tool_schemas', 'make_format']
+           'template_syntax', 'ChatFormat', 'results_text', 'text_messages', 'TextFormat', 'tool_schemas',
+           'make_format']
 
 # %% ../nbs/01_formats.ipynb #f3f5c7df
 import json
@@ -207,7 +208,11 @@ class ChatFormat:
         return not syntax.sure and not self.ends(ids) and syntax.end_of_call(self.tokenizer.decode(ids)) is None
 
 # %% ../nbs/01_formats.ipynb #b6f043bf
-def _answers(results): return "\n".join(f"<tool_response>\n{r}\n</tool_response>" for r in results)
+def results_text(
+    contents: list[str],   # what tools gave
+) -> str:
+    "Results as a user's message brings them."
+    return "\n".join(f"<tool_response>\n{c}\n</tool_response>" for c in contents)
 
 def _arguments(arguments): return json.loads(arguments) if isinstance(arguments, str) else arguments or {}
 
@@ -220,7 +225,7 @@ def _as_text(messages, syntax):
         if m["role"] != "tool": out.append({"role": m["role"], "content": "\n".join(filter(None, [m.get("content"), text]))})
         elif out and out[-1].get("told"): out[-1] = out[-1] | {"told": out[-1]["told"] + [m["content"]]}
         else: out.append({"role": "user", "told": [m["content"]]})
-    return [m if "told" not in m else {"role": "user", "content": _answers(m["told"])} for m in out]
+    return [m if "told" not in m else {"role": "user", "content": results_text(m["told"])} for m in out]
 
 # %% ../nbs/01_formats.ipynb #dd15a818
 def _instructed(messages, text):
@@ -228,6 +233,14 @@ def _instructed(messages, text):
     if not text: return messages
     if messages and messages[0]["role"] == "system": return [messages[0] | {"content": f"{messages[0]['content']}\n\n{text}"}] + messages[1:]
     return [{"role": "system", "content": text}] + messages
+
+def text_messages(
+    messages: list[dict],    # conversation
+    syntax: str,             # "json", "xml", "fenced" or "list"
+    tools: list = (),        # functions or JSON schemas, described in the system message
+) -> list[dict]:             # without tool roles
+    "A conversation for a model that knows no tools: what there is to call in the system message, calls as text, results as a user's messages."
+    return _instructed(_as_text(messages, syntax), syntax_of(syntax).describe(tools))
 
 def _without_system(messages):
     "The same for a template without a system role: its words open the first message."
@@ -255,7 +268,7 @@ class TextFormat:
 
     def prompt(self, messages: list[dict]) -> list[int]:
         "Prompt tokens of a conversation, description of the tools and assistant header included."
-        messages = _instructed(_as_text(messages, self.name), syntax_of(self.name).describe(self.tools))
+        messages = text_messages(messages, self.name, self.tools)
         try: return self._render(messages, True)
         except TemplateError: return self._render(_without_system(messages), True)
 
@@ -272,7 +285,7 @@ class TextFormat:
 
     def observe(self, results: list[ToolResult], ended: bool = True) -> list[int]:
         "Tokens that bring results back to the model; where the turn has not `ended`, its missing end comes first."
-        return self.reply(_answers([r.content for r in results]), ended)
+        return self.reply(results_text([r.content for r in results]), ended)
 
 # %% ../nbs/01_formats.ipynb #b9833d13
 _SCHEMAS = WeakKeyDictionary()   # function -> its name, its text, JSON schema
