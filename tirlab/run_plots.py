@@ -61,7 +61,7 @@ def _stack(fig: go.Figure, shares: pd.DataFrame, colors: dict, legend: str, plac
     "Shares that sum to 1, stacked."
     for i, kind in enumerate(shares):
         color = colors.get(kind, COLORS[i % len(COLORS)])
-        fig.add_scatter(x=shares.index, y=shares[kind], name=kind.replace("_", " "), stackgroup="all", **_HIDDEN, line=dict(width=.5, color=color), fillcolor=color,
+        fig.add_scatter(x=shares.index, y=shares[kind], name=kind.replace("_", " "), stackgroup="all", **_HIDDEN, marker_size=1, marker_color=color, line=dict(width=.5, color=color), fillcolor=color,
                         fillpattern=dict(shape=_HATCH.get(kind, ""), fgcolor="rgba(255,255,255,.45)", size=6, fillmode="overlay"), hovertemplate="%{y:.0%}", legend=legend, **place)
 
 # %% ../nbs/33c_run_plots.ipynb #0ddd86bc
