@@ -12,8 +12,9 @@ import trl.chat_template_utils as trl_templates
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from tirlab import drift
-from tirlab.drift import MaskError, assert_masks, drift_check, drift_check_model, loss_tensors, play, respell, scripts, usable_format
+from tirlab import scripted
+from tirlab.drift import MaskError, assert_masks, drift_check, drift_check_model, loss_tensors, usable_format
+from tirlab.scripted import play, respell, scripts
 from tirlab.formats import ChatFormat
 from tirlab.tiny import tiny_policy
 from tirlab.trajectory import StopReason, Trajectory, Turn, TurnKind
@@ -206,7 +207,7 @@ def test_template_with_calls_as_text(name):
 
 def rolled(change):
     "tirlab's rollout, with a trajectory that was tampered with afterwards."
-    original = drift.rollout
+    original = scripted.rollout
     async def tampered(*args): return change(await original(*args), args[3])
     return tampered
 
@@ -217,7 +218,7 @@ def test_a_rollout_that_encodes_again_is_found(monkeypatch):
         return replace(t, turns=[replace(n, ids=tok.encode(tok.decode(n.ids).strip(), add_special_tokens=False)) for n in t.turns])
     format = usable("qwen2_5")
     honest = drift_check(format)
-    monkeypatch.setattr(drift, "rollout", rolled(encode_again))
+    monkeypatch.setattr(scripted, "rollout", rolled(encode_again))
     report = drift_check(format)
     assert not report.ok and "ok:" not in str(report)
     drifted = {(r.name, r.spelling) for r in honest.rows if r.encoded.tokens}
@@ -229,7 +230,7 @@ def test_a_wrong_mask_in_the_trajectory_is_found(monkeypatch):
     def late(t, format):
         first = t.turns[0]
         return replace(t, turns=[replace(first, ids=first.ids[:-1], observation_ids=first.ids[-1:] + first.observation_ids)] + t.turns[1:])
-    monkeypatch.setattr(drift, "rollout", rolled(late))
+    monkeypatch.setattr(scripted, "rollout", rolled(late))
     report = drift_check(usable("qwen2_5"), {"one call": scripts("<|im_end|>")["one call"]})
     assert len(report.problems) == 2 and all("mask is not 1 exactly" in p for p in report.problems)
 

@@ -14,7 +14,8 @@ from tirlab import cli
 from tirlab.calls import RolloutLimits
 from tirlab.engines import EngineError, GenerateEngine, Sampling
 from tirlab.estimates import compare, interval, majority_vote, pass_at_k, summary
-from tirlab.eval_runs import Sampler, compare_runs, evaluate_run, item_scores, read_items, result_of
+from tirlab.eval_results import compare_runs, item_scores, read_items, result_of
+from tirlab.eval_runs import Sampler, evaluate_run
 from tirlab.eval_settings import PROTOCOLS, eval_cells, named_tasks, read_eval_settings
 from tirlab.evaluate import evaluate, evaluate_cells
 from tirlab.patterns import cross_verifications, error_corrections, pattern_judge, pattern_shares, progress_steps, reasoning_patterns

@@ -12,7 +12,8 @@ from tirlab.calls import RolloutLimits
 from tirlab.endpoint import Endpoint, EndpointFormat, read_message, wire_messages
 from tirlab.engines import EngineError, Sampling
 from tirlab.environments import BookingEnvironment
-from tirlab.eval_runs import Sampler, evaluate_run, read_items
+from tirlab.eval_results import read_items
+from tirlab.eval_runs import Sampler, evaluate_run
 from tirlab.plots import token_html
 from tirlab.rollout import rollout, run_async
 from tirlab.tasks import ENVIRONMENTS, make_tasks
@@ -158,7 +159,7 @@ def test_a_full_context_ends_a_rollout_and_is_no_failure(monkeypatch):
     def answer(url, body, *rest):
         if len(body["messages"]) > 2: raise RuntimeError("HTTP 400: This model's maximum context length is 9 tokens")
         return json.dumps({"choices": [{"message": {"content": None, "tool_calls": [call("1")]}}]}).encode()
-    monkeypatch.setattr(room, "_answer", answer)
+    monkeypatch.setattr(room, "ask_server", answer)
     done = one("http://127.0.0.1:9/v1")
     assert done.stop is StopReason.LENGTH and len(done.turns) == 1
 

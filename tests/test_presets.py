@@ -17,7 +17,7 @@ from tirlab.rewards import answer_reward
 from tirlab.interleave import OnAlarm
 from tirlab.presets import PRESETS, preset, preset_plan, preset_trainer, read_settings, train_config, train_preset
 from tirlab.recipes import RewardBar
-from tirlab.reflections import EndpointWriter
+from tirlab.writers import EndpointWriter
 from tirlab.traces import open_run
 
 SMALL = dict(max_steps="3", num_generations="4", per_device_train_batch_size="8", steps_per_generation="1", max_completion_length="96", max_turn_length="48", n="8", level="1",

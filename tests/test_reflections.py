@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from tirlab.demonstrations import demonstrate, is_whole, truth
 from tirlab.environments import PythonEnvironment
 from tirlab.reflections import (
-    MISTAKES, Case, EndpointWriter, analysis_prompt, case_of, case_of_trace, find_mistake, reflect, rule_writer, scenario_prompt, short_prompt, without_thoughts)
+    MISTAKES, Case, analysis_prompt, case_of, case_of_trace, find_mistake, reflect, rule_writer, scenario_prompt, short_prompt)
 from tirlab.rewards import answer_reward
 from tirlab.rows import TraceRow
 from tirlab.sft_rows import sft_rows
@@ -28,6 +28,7 @@ from tirlab.tasks import ENVIRONMENTS, FAMILIES, make_tasks
 from tirlab.tiny import tiny_policy, tiny_tokenizer
 from tirlab.trajectory import StopReason, ToolCall
 from tirlab.warmup import FLAWS, demonstrations
+from tirlab.writers import EndpointWriter, without_thoughts
 
 TOK, TINY = AutoTokenizer.from_pretrained(tiny_policy()), tiny_tokenizer()
 PROMPTS = [analysis_prompt, scenario_prompt, short_prompt]

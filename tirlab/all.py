@@ -11,7 +11,8 @@ from tirlab.endpoint import Endpoint as Endpoint
 from tirlab.engines import *
 from tirlab.environments import *
 from tirlab.estimates import Estimate as Estimate, interval as interval, majority_vote as majority_vote, pass_at_k as pass_at_k
-from tirlab.eval_runs import Sampler as Sampler, compare_runs as compare_runs, evaluate_run as evaluate_run
+from tirlab.eval_results import compare_runs as compare_runs
+from tirlab.eval_runs import Sampler as Sampler, evaluate_run as evaluate_run
 from tirlab.evaluate import Evaluation as Evaluation, evaluate as evaluate, evaluate_cells as evaluate_cells, restore as restore
 from tirlab.executions import Execution as Execution, Limits as Limits, SandboxFault as SandboxFault, Status as Status
 from tirlab.exports import export_dataset as export_dataset, export_html as export_html
@@ -25,7 +26,8 @@ from tirlab.demonstrations import demonstrate as demonstrate, is_whole as is_who
 from tirlab.mathematics import boxed as boxed, math_tasks as math_tasks
 from tirlab.patterns import pattern_judge as pattern_judge, pattern_shares as pattern_shares, reasoning_patterns as reasoning_patterns
 from tirlab.presets import PRESETS as PRESETS, preset as preset, preset_plan as preset_plan, preset_trainer as preset_trainer, train_preset as train_preset
-from tirlab.reflections import EndpointWriter as EndpointWriter, rule_writer as rule_writer
+from tirlab.reflections import rule_writer as rule_writer
+from tirlab.writers import EndpointWriter as EndpointWriter
 from tirlab.rewards import *
 from tirlab.rollout import *
 from tirlab.scores import score_run as score_run
@@ -40,4 +42,5 @@ from tirlab.tiny import *
 from tirlab.traces import Run as Run, RunError as RunError, RunWriter as RunWriter, open_run as open_run
 from tirlab.trainer import *
 from tirlab.trajectory import *
-from tirlab.vllm_engines import VLLMEngine as VLLMEngine, VLLMServerEngine as VLLMServerEngine
+from tirlab.vllm_engine import VLLMEngine as VLLMEngine
+from tirlab.vllm_servers import VLLMServerEngine as VLLMServerEngine

@@ -94,7 +94,7 @@ def evaluation(
 ) -> int:                       # exit status: 0, or 1 where a result is not complete
     "Evaluate a checkpoint or an endpoint, or compare two evaluations."
     from tirlab.engines import EngineError
-    from tirlab.eval_runs import result_table
+    from tirlab.eval_results import result_table
     from tirlab.eval_settings import eval_folder, read_eval_settings, run_eval, settings_text
     if args.settings[:1] == ["settings"]: print(settings_text()); return 0
     if args.settings[:1] == ["compare"]: return _compare(args)
@@ -109,7 +109,7 @@ def evaluation(
 def _compare(args):
     "Two evaluations, cell by cell."
     from dataclasses import asdict
-    from tirlab.eval_runs import compare_runs
+    from tirlab.eval_results import compare_runs
     if len(args.settings) != 3: raise ValueError("eval compare takes two run folders of evaluations.")
     found = compare_runs(*args.settings[1:])
     for cell, difference in found.items(): print(f"{cell}: {difference}", file=sys.stderr if args.json else sys.stdout)

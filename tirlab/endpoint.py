@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 # %% ../nbs/15_endpoint.ipynb #e23b84fb
 from .engines import EngineError, Sampled, Sampling
 from .formats import results_text, text_messages, tool_schemas, turn_kind
-from .reflections import EndpointWriter, _answer, without_thoughts
+from .writers import EndpointWriter, ask_server, without_thoughts
 from .syntax import syntax_of
 from .trajectory import ToolCall, ToolResult, TurnKind
 
@@ -98,7 +98,7 @@ def _ask(to, body):
     if not (key.isascii() and key.isprintable()): raise EngineError(f"The key in {to.key_env} has characters that no key has.")
     if to.failed >= to.patience: raise EngineError(f"{url} was given up after {to.failed} failed requests in a row.")
     to.requests += 1
-    try: data = _answer(url, body, {"Authorization": f"Bearer {key}"} if key else {}, to.timeout, to.retries, to.pause)
+    try: data = ask_server(url, body, {"Authorization": f"Bearer {key}"} if key else {}, to.timeout, to.retries, to.pause)
     except (RuntimeError, TimeoutError) as e:
         said, why = " ".join(str(e).split()), "timed out: " if isinstance(e, TimeoutError) else ""
         if any(t in said for t in _TOO_LONG): return None

@@ -162,7 +162,7 @@ def _vllm(what, tokenizer):
     except ImportError: raise ValueError("vLLM is not installed; install it: pip install 'tirlab[vllm]'") from None
     from types import SimpleNamespace
     from transformers import GenerationConfig
-    from tirlab.vllm_engines import VLLMEngine
+    from tirlab.vllm_engine import VLLMEngine
     path = what["model"] or tiny_policy()
     try: generation = GenerationConfig.from_pretrained(path)
     except OSError: generation = GenerationConfig()

@@ -25,11 +25,12 @@ from .interleave import Interleave, OnAlarm, go_on, last_checkpoint
 from .lessons import DemonstrationSFT, ErroneousTrajectories, Reflections
 from .recipes import RewardBar
 from .recording import free_folder, recording
-from .reflections import EndpointWriter, analysis_prompt, rule_writer, short_prompt
+from .reflections import analysis_prompt, rule_writer, short_prompt
 from .confidence import agreement_reward, rlcr_reward
 from .rewards import answer_reward
 from .supervision import Hints, OffPolicy, Signal
 from .tasks import ENVIRONMENTS, make_tasks
+from .writers import EndpointWriter
 from .tiny import tiny_policy
 from .trainer import TIRTrainer
 

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['MISTAKES', 'Case', 'case_of', 'case_of_trace', 'analysis_prompt', 'scenario_prompt', 'short_prompt', 'find_mistake',
-           'rule_writer', 'without_thoughts', 'EndpointWriter', 'reflect']
+           'rule_writer', 'reflect']
 
 # %% ../nbs/14a_reflections.ipynb #3cea284c
-import ast, inspect, json, operator, os, random, re, threading, time, warnings
+import ast, inspect, operator, re, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any, Callable
 
 # %% ../nbs/14a_reflections.ipynb #f03814f6
@@ -24,6 +23,7 @@ from .formats import make_format
 from .syntax import syntax_of
 from .tasks import ENVIRONMENTS, is_correct
 from .trajectory import StopReason, ToolCall, Trajectory, Turn, TurnKind
+from .writers import without_thoughts
 
 # %% ../nbs/14a_reflections.ipynb #a13ce1f1
 @dataclass(frozen=True)
@@ -193,97 +193,6 @@ def rule_writer(
     if (found := find_mistake(case, syntax)) is None: raise ValueError("Nothing is wrong in this rollout, as far as rules can see.")
     calls = [c for turn in truth(case.row)[0] for c in turn]
     return f"turn {found[0] + 1}: {found[1]}, {found[2]}\n{syntax_of(syntax).render(calls)}"
-
-# %% ../nbs/14a_reflections.ipynb #98d1bc53
-def without_thoughts(
-    text: str,   # what a model said
-) -> str:
-    "What was said behind the thinking; a thought that was never ended takes the rest with it."
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
-    return text.rpartition("</think>")[2].partition("<think>")[0].strip()   # templates may have opened the first thought themselves
-
-# %% ../nbs/14a_reflections.ipynb #45300bf3
-def _said(data):
-    "Text of a chat completion. Raises: ValueError, in one sentence, where it is none or was cut off."
-    try:
-        choice = json.loads(data)["choices"][0]
-        text, why = choice["message"]["content"], choice.get("finish_reason")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError): raise ValueError(f"the answer is no chat completion: {data.decode('utf-8', 'replace')}") from None
-    if why == "length": raise ValueError("the answer was cut off at max_tokens; raise it")
-    if not isinstance(text, str): raise ValueError(f"the answer has no text (finish_reason={why})")
-    return without_thoughts(text)
-
-# %% ../nbs/14a_reflections.ipynb #db5f62c8
-_MOST, _LONGEST = 16 * 2**20, 60.0   # bytes of an answer; seconds that a server may make us wait
-
-def _post(url, body, headers, seconds):
-    "One request: status, wish to wait, body. Raises: httpx.RequestError, also where the answer is too long or takes too long to come."
-    end = time.monotonic() + seconds
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=httpx.Timeout(seconds, connect=min(10.0, seconds))) as response:
-        data = bytearray()
-        for chunk in response.iter_bytes():
-            data += chunk
-            if len(data) > _MOST: raise httpx.ReadError("the answer is too long")
-            if time.monotonic() > end: raise httpx.ReadTimeout("the answer does not end")
-        return response.status_code, response.headers.get("Retry-After"), bytes(data)
-
-def _wish(value):
-    "Seconds of a `Retry-After`: a number or a date; 0 where it is none."
-    try: return min(max(0.0, float(value)), _LONGEST)
-    except (TypeError, ValueError): pass
-    try: return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), _LONGEST)
-    except (TypeError, ValueError, AttributeError, OverflowError): return 0.0
-
-# %% ../nbs/14a_reflections.ipynb #856fee2b
-def _answer(url, body, headers, seconds, retries, pause):
-    "Body of an answer, after some tries. Raises: TimeoutError where the last one took too long, RuntimeError for everything else."
-    for attempt in range(retries + 1):
-        kind, wish = RuntimeError, 0.0
-        try: status, after, data = _post(url, body, headers, seconds)
-        except httpx.RequestError as e: fault, kind = f"{type(e).__name__}: {e}", TimeoutError if isinstance(e, httpx.TimeoutException) else RuntimeError
-        else:
-            if status == 200: return data
-            fault, wish = f"HTTP {status}: {data.decode('utf-8', 'replace')}", _wish(after)
-            if status != 429 and status < 500: raise RuntimeError(fault)
-        if attempt < retries: time.sleep(max(wish, min(pause * 2 ** attempt, _LONGEST) * (0.5 + random.random())))
-    raise kind(f"{retries + 1} tries, and then {fault}")
-
-# %% ../nbs/14a_reflections.ipynb #9b10922d
-@dataclass
-class EndpointWriter:
-    "Asks a model behind an OpenAI-compatible server; threads may share it. Raises: ValueError for settings that cannot work. Source: defaults of arXiv 2606.26027's code."
-    base_url: str                   # such as "http://localhost:8000/v1"
-    model: str                      # its name there
-    key_env: str | None = "OPENAI_API_KEY"   # variable of the environment that holds the key; where it is not set, none is sent
-    temperature: float | None = 0.7   # None leaves it to the server
-    max_tokens: int | None = 16384  # of an answer, its thoughts included; None leaves it to the server
-    timeout: float = 600.0          # of one try, seconds
-    retries: int = 3                # further tries, for faults of the transport, 429 and 5xx
-    concurrency: int = 8            # requests at once
-    pause: float = 1.0              # before the second try, seconds; doubles from try to try
-    more: dict = field(default_factory=dict)   # further fields of the request, such as {"max_completion_tokens": 16384} beside max_tokens=None
-
-    def __post_init__(self):
-        if "@" in self.base_url: raise ValueError("base_url holds a name or password, which errors would show; put the key into the environment, and its variable's name into key_env.")
-        try: right = bool(httpx.URL(self.base_url).host) and self.base_url.startswith(("http://", "https://"))
-        except httpx.InvalidURL: right = False
-        if not right: raise ValueError(f"base_url={self.base_url!r}: give the whole address, such as http://localhost:8000/v1")
-        if min(self.concurrency, self.retries + 1) < 1 or not self.timeout > 0: raise ValueError("EndpointWriter needs concurrency of at least 1, retries of at least 0 and a timeout above 0.")
-        self._slots = threading.BoundedSemaphore(self.concurrency)
-
-    def __call__(self,
-        prompt: str,   # what to ask
-    ) -> str:          # what the model said, without thoughts
-        "An analysis. Raises: TimeoutError; RuntimeError for everything else, in one sentence that does not tell the key."
-        key = os.environ.get(self.key_env or "", "").strip()
-        if not (key.isascii() and key.isprintable()): raise RuntimeError(f"The key in {self.key_env} has characters that no key has.")   # httpx would show them
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": self.temperature, "max_tokens": self.max_tokens, **self.more}
-        url, headers = self.base_url.rstrip("/") + "/chat/completions", {"Authorization": f"Bearer {key}"} if key else {}
-        with self._slots:
-            try: return _said(_answer(url, {k: v for k, v in body.items() if v is not None}, headers, self.timeout, self.retries, self.pause))
-            except (RuntimeError, TimeoutError, ValueError) as e: kind, why = TimeoutError if isinstance(e, TimeoutError) else RuntimeError, " ".join(str(e).split())
-        why = why.replace(key, "***") if key else why   # before it is cut, lest half of the key remain
-        raise kind(f"{url}, {f'key from {self.key_env}' if key else 'without a key'}: {why:.300}")
 
 # %% ../nbs/14a_reflections.ipynb #1f75e57f
 def _goes_round(text):

@@ -59,7 +59,8 @@ def make_engine(
     if name == "continuous":
         from tirlab.continuous import ContinuousEngine
         return ContinuousEngine(policy, trainer._tokenizer)
-    from tirlab.vllm_engines import VLLMServerEngine, server_sync, vllm_engine_of
+    from tirlab.vllm_engine import vllm_engine_of
+    from tirlab.vllm_servers import VLLMServerEngine, server_sync
     if name == "vllm": return vllm_engine_of(trainer.vllm_generation)
     return VLLMServerEngine(trainer.args.vllm_servers, sync=server_sync(trainer.vllm_generation), vocab=policy.config.get_text_config().vocab_size)
 

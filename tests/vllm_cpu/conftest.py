@@ -5,6 +5,8 @@ vLLM on a CPU: what it needs there, in one place, and for these tests alone. The
   `reload_weights` leaves wrong log-probabilities behind without a word. Here layers keep their weights and call torch's own `linear`.
 - TRL passes `LLM` no dtype, and "auto" turns a float32 policy into bfloat16. Here it is float32, without compilation, and with blocks of 32 tokens
   (128 on a CPU by default: a cached prefix counts in whole blocks, and rollouts of the tiny policy have no more than a few hundred tokens).
+- A request with a seed whose prompt is computed in parts makes vLLM rewind its generator, which torch's generators on a CPU refuse, and the engine dies.
+  Here prompts are computed whole.
 - `torch.compile` would take longer than all tests.
 """
 import importlib.metadata
@@ -20,7 +22,7 @@ except importlib.metadata.PackageNotFoundError: collect_ignore_glob = ["test_*.p
 
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
             "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-LLM = dict(dtype="float32", enforce_eager=True, block_size=32, kv_cache_memory_bytes=2**27)
+LLM = dict(dtype="float32", enforce_eager=True, block_size=32, kv_cache_memory_bytes=2**27, enable_chunked_prefill=False)
 figures = []
 
 

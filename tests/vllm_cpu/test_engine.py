@@ -8,7 +8,7 @@ import torch
 from tiny_rollouts import ROWS, alike, ask, gap, other_weights, roll, scored
 from tirlab.engines import EngineError, Sampling
 from tirlab.trajectory import StopReason
-from tirlab.vllm_engines import VLLMEngine
+from tirlab.vllm_engine import VLLMEngine
 
 pytestmark = pytest.mark.vllm
 
@@ -51,6 +51,15 @@ def test_schedule_turn_is_the_same_bits(engine, tok):
     def bits(version):
         with engine.ready(version): return [(t.completion_ids, t.logprobs) for t in roll(engine, tok, schedule="turn")]
     assert bits(0) == bits(1)   # a new version: no prefix is left from the first
+
+
+def test_prompts_are_computed_whole(llm, model, tok):
+    "More prompt tokens than a step takes, each prompt with a seed: computed in parts, all requests would die of it."
+    scheduler = llm.llm_engine.vllm_config.scheduler_config
+    scheduler.enable_chunked_prefill = True
+    engine = VLLMEngine(llm, sync=loader(llm, model))
+    assert not scheduler.enable_chunked_prefill and 64 * 200 > scheduler.max_num_batched_tokens
+    assert len(ask(engine, prompts_of(tok, 64))) == 64
 
 
 def test_requests_of_one_pass_are_in_one_step(engine, llm, monkeypatch):

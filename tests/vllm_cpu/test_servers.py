@@ -20,11 +20,12 @@ from tiny_rollouts import alike, ask, gap, other_weights, roll, scored
 from tirlab.engines import EngineError, Sampling
 from tirlab.tiny import tiny_policy
 from tirlab.trajectory import StopReason
-from tirlab.vllm_engines import VLLMEngine, VLLMServerEngine
+from tirlab.vllm_engine import VLLMEngine
+from tirlab.vllm_servers import VLLMServerEngine
 
 pytestmark = pytest.mark.vllm
 HERE = Path(__file__).parent
-OPTIONS = ("--dtype float32 --enforce-eager --block-size 32 --kv-cache-memory-bytes 134217728 --max-model-len 1024 --max-num-seqs 64 --host 127.0.0.1 "
+OPTIONS = ("--dtype float32 --enforce-eager --no-enable-chunked-prefill --block-size 32 --kv-cache-memory-bytes 134217728 --max-model-len 1024 --max-num-seqs 64 --host 127.0.0.1 "
            "--logprobs-mode processed_logprobs --enable-prompt-tokens-details --worker-extension-cls serve.Loads").split()
 
 
