@@ -6,7 +6,7 @@
 __all__ = ['sampling_options', 'checked_turn', 'VLLMEngine', 'vllm_engine_of']
 
 # %% ../nbs/10b_vllm_engine.ipynb #b2e94779
-import asyncio, itertools, threading
+import asyncio, itertools, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -47,8 +47,9 @@ def checked_turn(
 # %% ../nbs/10b_vllm_engine.ipynb #b338da68
 def _whole_prompts(engine):
     "On a CPU: a prompt computed in parts makes vLLM rewind the generator of its request, which only a GPU's can, and all requests die of it."
-    scheduler = engine.vllm_config.scheduler_config
-    if scheduler.max_num_batched_tokens >= engine.model_config.max_model_len: scheduler.enable_chunked_prefill = False   # else a long one would wait forever
+    scheduler, longest = engine.vllm_config.scheduler_config, engine.model_config.max_model_len
+    if scheduler.max_num_batched_tokens >= longest: scheduler.enable_chunked_prefill = False   # else a long one would wait forever
+    else: warnings.warn(f"On a CPU, vLLM ends when prompts of more than {scheduler.max_num_batched_tokens} tokens come at once; give it max_num_batched_tokens of at least {longest}, or a smaller max_model_len.", stacklevel=3)
 
 class VLLMEngine:
     "vLLM in this process; a request joins the running batch at the next step and leaves it when its turn ends."

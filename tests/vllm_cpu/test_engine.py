@@ -62,6 +62,14 @@ def test_prompts_are_computed_whole(llm, model, tok):
     assert len(ask(engine, prompts_of(tok, 64))) == 64
 
 
+def test_a_context_that_no_step_holds_is_warned_of(llm, monkeypatch):
+    scheduler = llm.llm_engine.vllm_config.scheduler_config
+    monkeypatch.setattr(scheduler, "enable_chunked_prefill", True)
+    monkeypatch.setattr(llm.llm_engine.model_config, "max_model_len", scheduler.max_num_batched_tokens + 1)
+    with pytest.warns(UserWarning, match="max_num_batched_tokens of at least"): VLLMEngine(llm)
+    assert scheduler.enable_chunked_prefill   # a longer prompt would wait forever
+
+
 def test_requests_of_one_pass_are_in_one_step(engine, llm, monkeypatch):
     counts, real = [], llm.llm_engine.step
     def step():
