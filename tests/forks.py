@@ -2,10 +2,10 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 
 import torch
+from ports import own_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tirlab.all"])
@@ -40,8 +40,5 @@ def ended(process, seconds=300):
 
 def side_by_side(count, target, *args, said):
     "Exit codes of processes that know of each other as those of torchrun do."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    world = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(own_port()))
     return [ended(p) for p in [forked(target, *args, said=f"{said}-{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(count)]]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ports import own_port
 from streamlit.testing.v1 import AppTest
 from trace_rows import add_steps, make_row, make_run
 
@@ -29,13 +30,6 @@ def app(monkeypatch, run, page="overview.py", **query):
         test.switch_page(page).run()
     assert not test.exception
     return test
-
-
-def own_port():
-    "A port that the system picks: tests run beside one another, and the app's usual port may be taken between asking and listening."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def words(test):
@@ -181,7 +175,7 @@ def test_in_a_browser(tmp_path):
             browser = p.chromium.launch_persistent_context(str(tmp_path / "profile"), executable_path=BROWSER, args=FLAGS)
             page = browser.new_page()
             page.set_default_timeout(60_000)
-            expect.set_options(timeout=60_000)
+            expect.set_options(timeout=20_000)
             outside = []
             page.on("request", lambda r: None if r.url.startswith((url, url.replace("http", "ws"), "data:", "blob:")) else outside.append(r.url))
             for _ in range(100):                                  # until the server listens
@@ -190,7 +184,7 @@ def test_in_a_browser(tmp_path):
                     break
                 except Error:
                     page.wait_for_timeout(200)
-            expect(page.get_by_text("16 trajectories")).to_be_visible()
+            expect(page.get_by_text("16 trajectories")).to_be_visible(timeout=60_000)
             add_steps(writer, [3])
             expect(page.get_by_text("24 trajectories")).to_be_visible()      # it follows by itself
             page.wait_for_function("document.querySelector('.js-plotly-plot')?.calcdata?.[0].length == 3")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from ports import own_port
 from streamlit.testing.v1 import AppTest
-from test_app import own_port
 from trace_rows import CONTROL, make_row, make_run
 
 import tirlab.app

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tirlab import rewards as rewards_room
 from tirlab.all import TIRConfig, TIRTrainer, make_tasks, tiny_policy
 from tirlab.confidence import agreement, agreement_reward, calibrated, clusters, rlcr_reward, said_answer, said_confidence, semantic_entropy
-from tirlab.rewards import (answer_reward, boxed, call_failed, final_text, format_reward, format_rewards, function_reward, math_equal, math_reward,
+from tirlab.mathematics import boxed
+from tirlab.rewards import (answer_reward, call_failed, final_text, format_reward, format_rewards, function_reward, math_equal, math_reward,
                             per_turn, same_prompt, tool_rewards, tool_success_reward, torl_reward, turn_rewards)
 from tirlab.shaping import (clip_rewards, delta_rewards, embed_code, message_code, sentence_embedder, shaped_answer_reward, shaped_outcomes,
                             written_code)

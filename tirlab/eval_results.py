@@ -29,7 +29,6 @@ def read_items(
     tail.read()
     return {(line["cell"], line["item"]): line for line in tail.records}
 
-
 # %% ../nbs/43d_eval_results.ipynb #d4bb79a9
 def result_of(
     path: str | Path,               # a run folder of an evaluation
