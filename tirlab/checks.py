@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_reporters', 'check_rewards', 'check_world', 'check_reset', 'check_arguments', 'check_batch',
-           'check_references', 'check_pattern', 'check_prompts']
+           'check_references', 'check_pattern', 'check_prompts', 'saying_call_format', 'check_format']
 
 # %% ../nbs/40j_checks.ipynb #5cd45d5a
 import inspect, os, re, warnings
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Callable
 
 # %% ../nbs/40j_checks.ipynb #e020ba08
 import torch
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import AutoConfig
 from transformers.integrations import integration_utils
 from trl.data_utils import is_conversational
 
 # %% ../nbs/40j_checks.ipynb #ad5797b1
 from .config import TIRConfig, _wants
+from .trajectory import ToolResult
 
 # %% ../nbs/40j_checks.ipynb #09c3d7ec
 def check_model(
@@ -126,14 +129,14 @@ def _check_config(args, more):
 
 # %% ../nbs/40j_checks.ipynb #14950bde
 def check_arguments(
-    model: Any,                          # as for the trainer, and so all others
-    reward_funcs: Any,
-    args: Any,
-    train_dataset: Any = None,
-    eval_dataset: Any = None,
-    processing_class: Any = None,
-    tools: Any = None,
-    environment_factory: Any = None,
+    model: Any,                 # name, folder or model
+    reward_funcs: Any,          # one or a list
+    args: Any,                  # TIRConfig
+    train_dataset: Any = None,  # rows, a stream, or None
+    eval_dataset: Any = None,   # the same, or several by name
+    processing_class: Any = None,      # tokenizer
+    tools: Any = None,                 # list of functions
+    environment_factory: Any = None,   # class, callable, or dict of them
     more: dict[str, Any] | None = None,  # arguments by name: `interventions`, `supervision`, and those that go to TRL
 ) -> None:
     "Check the kind of every argument of the trainer. Raises: ValueError (TypeError for a training set that is none), in one sentence."
@@ -233,3 +236,27 @@ def check_prompts(
     if names and not any(n in p for n in names for p in prompts):
         warnings.warn(f"The prompts are plain text, which is not rendered, and name none of the tools ({', '.join(names)}), so that the model is told of none; write prompts as messages "
                       'to have the tools described: [{"role": "user", "content": text}].')
+
+# %% ../nbs/40j_checks.ipynb #9997fe52
+_TEMPLATES = ("does not support tool calling", "failed to add response schema", "not training-compatible")   # of TRL's refusals
+
+@contextmanager
+def saying_call_format():
+    "Inside, what TRL says against a chat template ends with what to do about it."
+    try: yield
+    except ValueError as e:
+        if not any(t in str(e) for t in _TEMPLATES) or "call_format" in str(e): raise
+        raise ValueError(f"{str(e).rstrip()} With call_format='json' (or 'xml', 'fenced', 'list') in TIRConfig calls are written as text, which needs nothing of the template.") from None
+
+def check_format(
+    format: Any,           # ChatFormat or TextFormat of the trainer
+    converses: bool = False,   # whether environments reply as a user does
+) -> None:
+    "Check that what follows a turn can be rendered: the answer of a tool, and a user's reply. Raises: ValueError, in one sentence."
+    if not (format.tools or converses): return
+    try:
+        format.prompt([{"role": "user", "content": "hi"}])
+        for ended in (True, False):
+            if format.tools: format.observe([ToolResult("tool", "answer")], ended)
+            if converses: format.reply("go on", ended)
+    except TemplateError as e: raise ValueError(f"The chat template cannot render a conversation with tools ({e}); use another template, or call_format='json' for calls as text.") from None

@@ -24,13 +24,13 @@ def scores_of(
 ) -> list:         # as returned, a list
     "Check what a reward function returned. Raises: ValueError, in one sentence that names it."
     want = f"it must return a list with a number, or None, for each of the {n} completions"
-    if values is None: raise ValueError(f"The reward function `{name}` returned None; {want}.")
-    if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"): raise ValueError(f"The reward function `{name}` returned a {type(values).__name__}; {want}.")
+    if values is None: raise ValueError(f"The reward function '{name}' returned None; {want}.")
+    if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"): raise ValueError(f"The reward function '{name}' returned a {type(values).__name__}; {want}.")
     try: values = list(values)
-    except TypeError: raise ValueError(f"The reward function `{name}` returned one number for all; {want}.") from None   # a tensor without dimensions
-    if len(values) != n: raise ValueError(f"The reward function `{name}` returned {len(values)} rewards, but {n} were expected; {want}.")
+    except TypeError: raise ValueError(f"The reward function '{name}' returned one number for all; {want}.") from None   # a tensor without dimensions
+    if len(values) != n: raise ValueError(f"The reward function '{name}' returned {len(values)} rewards, but {n} were expected; {want}.")
     for i, value in enumerate(values):
-        if not _is_score(value): raise ValueError(f"The reward function `{name}` returned {str(value)[:60]!r}, a {type(value).__name__}, for completion {i}; {want}.")
+        if not _is_score(value): raise ValueError(f"The reward function '{name}' returned {str(value)[:60]!r}, a {type(value).__name__}, for completion {i}; {want}.")
     return values
 
 # %% ../nbs/40k_guards.ipynb #3ea1d79d

@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from .engines import EngineError, context_of
 from .config import rollout_limits
 from .environments import environment_tools, offered_tools
-from .formats import make_format
+from .formats import make_format, tool_schemas
+from .guards import check_asked, naming_the_row
 from .recording import step_on_record
 from .rollout import rollout_metrics, rollouts
 from .sampler import gathered, keep_up, make_engine, sampling_of, trl_engine
@@ -140,7 +141,8 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
 
 @patch
 def _first_turns(self: Rolling):
-    "What TRL takes for first turns: with tools stand-ins, since `_tool_call_loop` hands over the real ones."
+    "What TRL takes for first turns: with tools, or environments that reply, stand-ins, since `_tool_call_loop` hands over the real ones."
+    if not self.tools and any(hasattr(e, "_reply") for e in self.environments or []): self.tools = [tools_of_the_task]   # until `_generate` is done
     if self.tools: return [[self._tokenizer.eos_token_id]] * len(self._batch), None
     first = [t.turns[0].ids if t.turns else [self._tokenizer.pad_token_id] for t in self._batch]
     return first, _known(self._batch, first)
@@ -193,9 +195,17 @@ class _Scored(Exception):
     "All that was wanted of TRL is known."
 
 @patch
+def _schemas(self: Rolling):
+    "What the model is told of each environment's tools, for TRL makes it anew for every row; None where there are no environments."
+    return {name: tool_schemas(tools) for name, tools in self._env_tools.items()} if self.environment_factories else None
+
+@patch
 def _generate(self: Rolling, prompts):
     "TRL's; while rows are only sampled, scores them and stops there."
-    out = super(Rolling, self)._generate(prompts)
+    check_asked(self._inputs, prompts)
+    tools, self._env_tools, told = self.tools, self._schemas(), getattr(self, "_env_tools", None)
+    try: out = super(Rolling, self)._generate(prompts)
+    finally: self.tools, self._env_tools = tools, told
     if self._sampling is None: return out
     self._calculate_rewards(self._sampling, prompts, out[3], out[1])
     raise _Scored
@@ -206,7 +216,8 @@ def _sample(self: Rolling, rows):
     kept, seen, self._sampling = self._metrics["train"], self.state.num_input_tokens_seen, rows
     self._inputs = rows
     self._metrics["train"] = defaultdict(list)
-    try: super(Rolling, self)._generate_and_score_completions(rows)
+    try:
+        with naming_the_row(): super(Rolling, self)._generate_and_score_completions(rows)
     except _Scored: pass
     finally: logged, self._metrics["train"], self._sampling = self._metrics["train"], kept, None
     for name, values in logged.items():
