@@ -142,6 +142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'tirlab.calls.told': ('calls.html#told', 'tirlab/calls.py')},
             'tirlab.checks': { 'tirlab.checks._check_config': ('checks.html#_check_config', 'tirlab/checks.py'),
                                'tirlab.checks._check_dataset': ('checks.html#_check_dataset', 'tirlab/checks.py'),
+                               'tirlab.checks._check_evaluation': ('checks.html#_check_evaluation', 'tirlab/checks.py'),
                                'tirlab.checks._check_factory': ('checks.html#_check_factory', 'tirlab/checks.py'),
                                'tirlab.checks._check_reward': ('checks.html#_check_reward', 'tirlab/checks.py'),
                                'tirlab.checks._empty': ('checks.html#_empty', 'tirlab/checks.py'),

@@ -118,6 +118,14 @@ def _check_dataset(dataset, name, parts):
     hint = ": Dataset.from_list(rows) makes one of a list of dicts" if isinstance(dataset, (list, tuple)) else ": load_dataset or Dataset.from_list make one"
     raise TypeError(f"{name} is a {type(dataset).__name__}; `{name}` must be a `Dataset` or `IterableDataset`{hint}.")
 
+def _check_evaluation(train_dataset, eval_dataset):
+    "Refuse an evaluation whose prompts have another name than those of the training set."
+    if "prompt" not in (getattr(train_dataset, "column_names", None) or []): return
+    for rows in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+        columns = getattr(rows, "column_names", None)
+        if columns and "prompt" not in columns:
+            raise ValueError(f"The evaluation's rows have no column `prompt`, and those of the training set do; they have {', '.join(columns)}. Add or rename it.")
+
 def _check_config(args, more):
     "Refuse configurations and arguments of other trainers."
     kind = type(args).__name__
@@ -146,6 +154,7 @@ def check_arguments(
     check_rewards(reward_funcs)
     _check_dataset(train_dataset, "train_dataset", False)
     _check_dataset(eval_dataset, "eval_dataset", True)
+    _check_evaluation(train_dataset, eval_dataset)
     check_world(tools, environment_factory)
     if isinstance(processing_class, (str, type)):
         raise ValueError(f"processing_class is {processing_class!r}; load the tokenizer: AutoTokenizer.from_pretrained(name).")
@@ -188,7 +197,7 @@ def check_references(
             if column not in dataset.column_names or any(not _empty(v) for v in dataset[column]): continue
             said = f"The column `{column}`, which reward function `{reward.__name__}` needs, is empty in all {len(dataset)} rows"
             if reward.__module__.split(".")[0] in ("tirlab", "trl"): raise ValueError(f"{said}, so that no answer is better than another; fill it, or rename the column with the references.")
-            warnings.warn(f"{said}. If its rewards do not depend on it, all is well.")
+            warnings.warn(f"{said}. If its rewards do not depend on it, all is well.", stacklevel=3)
 
 # %% ../nbs/40j_checks.ipynb #bb83fb22
 _USUAL = ("{}", "\\boxed{{{}}}", "<answer>{}</answer>", "#### {}", "The answer is {}.", "the final answer is {}", "Answer: {}", "**Answer:** {}")
@@ -216,17 +225,11 @@ def check_pattern(
 def check_prompts(
     args: TIRConfig,      # call_format
     train_dataset: Any,   # rows, a stream, or None
-    eval_dataset: Any,    # the same, or several by name
     tools: list[Callable],     # tools that are offered
     look: int = 16,       # rows that are looked at
 ) -> None:
     "Check that prompts can be rendered and say what there is. Raises: ValueError, in one sentence; else warnings."
-    have = getattr(train_dataset, "column_names", None) or []
-    for rows in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-        columns = getattr(rows, "column_names", None)
-        if "prompt" in have and columns and "prompt" not in columns:
-            raise ValueError(f"The evaluation's rows have no column `prompt`, and the training set's do; it has {', '.join(columns)}. Add or rename it.")
-    if "prompt" not in have: return
+    if "prompt" not in (getattr(train_dataset, "column_names", None) or []): return
     prompts = [row["prompt"] for row in islice(train_dataset, look)]
     if not prompts or is_conversational({"prompt": prompts[0]}): return
     if args.call_format:
@@ -235,7 +238,7 @@ def check_prompts(
     names = [t.__name__ for t in tools]
     if names and not any(n in p for n in names for p in prompts):
         warnings.warn(f"The prompts are plain text, which is not rendered, and name none of the tools ({', '.join(names)}), so that the model is told of none; write prompts as messages "
-                      'to have the tools described: [{"role": "user", "content": text}].')
+                      'to have the tools described: [{"role": "user", "content": text}].', stacklevel=4)
 
 # %% ../nbs/40j_checks.ipynb #9997fe52
 _TEMPLATES = ("does not support tool calling", "failed to add response schema", "not training-compatible")   # of TRL's refusals

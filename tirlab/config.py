@@ -241,6 +241,9 @@ def check_tokenizer(
 ) -> None:
     "Raises: ValueError, in one sentence, where conversations cannot be rendered, or are not of text alone."
     if hasattr(tokenizer, "image_processor"): raise ValueError(f"TIRTrainer is for text models and {name} reads images; use TRL's GRPOTrainer.")
+    kind = type(tokenizer).__name__
+    if kind == "MistralCommonBackend" or not hasattr(tokenizer, "chat_template"):   # mistral-common renders conversations by itself
+        raise ValueError(f"{kind} is not supported, for it has no chat_template to render turns with; pass processing_class=PreTrainedTokenizerFast.from_pretrained({name!r}) with a chat_template set.")
     if conversational and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"The checkpoint {name} has no chat template, so prompts cannot be rendered; use its instruct version, or pass processing_class= with a chat_template set.")
 

@@ -118,7 +118,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
                              environment_factory=environment_factory, **kwargs)
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
-            self._check_rollouts(train_dataset, eval_dataset)
+            self._check_rollouts(train_dataset)
             self.supervision = supervision or []
             check_supervision(self.supervision, args, train_dataset, self.engine_name, context_of(self.model), self._tokenizer)
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
@@ -145,9 +145,9 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
 
 # %% ../nbs/41_trainer.ipynb #c4e1d0aa
 @patch
-def _check_rollouts(self: TIRTrainer, train_dataset, eval_dataset):
+def _check_rollouts(self: TIRTrainer, train_dataset):
     "Refuse, before anything is sampled, what would end a rollout: rows that `reset` does not take, prompts and answers that cannot be rendered."
-    check_prompts(self.args, train_dataset, eval_dataset, self.tools)
+    check_prompts(self.args, train_dataset, self.tools)
     columns = getattr(train_dataset, "column_names", None)
     environments = [pool[0] for pool in self._environment_pool.values()] if self.environment_factories else []
     for environment in environments if columns else []: check_reset(environment, [c for c in columns if not (self._multi_environment and c == "environment")])
