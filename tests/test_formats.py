@@ -271,7 +271,7 @@ def test_a_template_that_changes_the_past_is_an_error_that_names_the_fix(name):
     template = "{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}<|im_end|>"
     with pytest.raises(ValueError, match="chat_template="):
         make_format(name, TOK, [find], template)
-    with pytest.raises(ValueError, match="get_training_chat_template"):
+    with pytest.raises(ValueError, match="chat_template="):
         TextFormat("json", TOK, [find], template).observe([ToolResult("find", "k17")])
 
 
