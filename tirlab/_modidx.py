@@ -352,6 +352,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tirlab.engines._Draw.__call__': ('engines.html#_draw.__call__', 'tirlab/engines.py'),
                                 'tirlab.engines._Draw.__init__': ('engines.html#_draw.__init__', 'tirlab/engines.py'),
                                 'tirlab.engines._Draw._noise': ('engines.html#_draw._noise', 'tirlab/engines.py'),
+                                'tirlab.engines._alone': ('engines.html#_alone', 'tirlab/engines.py'),
+                                'tirlab.engines._empty_cache': ('engines.html#_empty_cache', 'tirlab/engines.py'),
                                 'tirlab.engines._kind': ('engines.html#_kind', 'tirlab/engines.py'),
                                 'tirlab.engines._mix': ('engines.html#_mix', 'tirlab/engines.py'),
                                 'tirlab.engines._pad_left': ('engines.html#_pad_left', 'tirlab/engines.py'),
