@@ -12,7 +12,7 @@ from tirlab.all import (Clamp, ContinuousEngine, GenerateEngine, PythonEnvironme
                         make_tasks, tiny_policy)
 from tirlab.continuous import fitting_engine, not_paged
 from tirlab.engines import generate
-from tirlab.evaluate import evaluate_clamped
+from tirlab.evaluate import restore
 
 TOK = AutoTokenizer.from_pretrained(tiny_policy())
 CORE = dict(vocab_size=len(TOK), hidden_size=32, num_hidden_layers=2, pad_token_id=TOK.pad_token_id, eos_token_id=TOK.eos_token_id, bos_token_id=TOK.eos_token_id)
@@ -40,6 +40,8 @@ OTHERS = {   # pure recurrence; states that are not in a cache; compressed keys;
 }
 PAGED = {"qwen3": BASE, "gemma3_text": WINDOW, "mistral": BASE | dict(sliding_window=8), "olmo3": WINDOW}
 ALL = HYBRID | OTHERS | PAGED
+QUICK = ("qwen3_5_text", "qwen3_next", "lfm2", "nemotron_h", "falcon_h1", "minimax", "mamba", "qwen3", "gemma3_text")
+SAMPLED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 EACH = [Sampling(4, seed=row) for row in range(4)]
 WORDS = TOK.encode("rab has 37, then +48, then *6. How many?", add_special_tokens=False)
 PROMPTS = {"equal": [WORDS] * 4, "unequal": [WORDS[:5], WORDS + WORDS, WORDS[:4], WORDS[:5]], "two by two, unequal": [WORDS[:5], WORDS] * 2}
@@ -68,7 +70,7 @@ def apart(model, prompts, turns):
     return max(map(one, prompts, turns))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_every_architecture_samples_what_a_forward_pass_says(name, monkeypatch):
     model = make(name)
     shared = {kind: generate(model, TOK, prompts, EACH) for kind, prompts in PROMPTS.items()}
@@ -79,7 +81,7 @@ def test_every_architecture_samples_what_a_forward_pass_says(name, monkeypatch):
             assert [t.ids for t in turns] == [t.ids for t in alone] and apart(model, prompts, turns) < 1e-4, kind
 
 
-@pytest.mark.parametrize("name", [*HYBRID, *PAGED])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "falcon_h1", "gemma3_text"])
 def test_equal_prompts_are_computed_once_where_every_layer_can_be_copied(name):
     model, rows = make(name), []
     model.register_forward_pre_hook(lambda m, a, k: rows.append(tuple(k["input_ids"].shape)), with_kwargs=True)
@@ -124,7 +126,7 @@ TASKS = make_tasks("arithmetic", n=4)
 @pytest.mark.parametrize("name, engine", [("lfm2", "auto"), ("lfm2", "continuous"), ("qwen3_5_text", "continuous"), ("qwen3_next", "generate"), ("nemotron_h", "generate")])
 def test_hybrid_models_train(name, engine, tmp_path):
     def reward(completions, **kwargs): return [float(i % 2) for i in range(len(completions))]
-    args = TIRConfig(str(tmp_path), engine=engine, max_steps=1, per_device_train_batch_size=4, num_generations=4, max_completion_length=8, learning_rate=1e-3,
+    args = TIRConfig(str(tmp_path), engine=engine, max_steps=1, per_device_train_batch_size=4, num_generations=4, max_completion_length=32, learning_rate=1e-3,
                      report_to="none", use_cpu=True, save_strategy="no", logging_steps=1, probe="off", disable_tqdm=True)
     model = policy(name)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -134,17 +136,15 @@ def test_hybrid_models_train(name, engine, tmp_path):
     assert trainer.engine_name == "generate" and any("paged" in str(w.message) for w in said) == (engine == "continuous")
     trainer.train()
     assert trainer.state.global_step == 1 and any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
-    logged = {k: v for line in trainer.state.log_history for k, v in line.items()}
-    gap = next(v for k, v in logged.items() if "logp_difference/max" in k or "logprob_gap" in k or "sampling_logp" in k and k.endswith("max"))
-    assert gap < 1e-3      # what was sampled is what the loss sees, paddings and all
+    assert trainer.state.log_history[0]["sync/gap_max"] < 1e-3      # what was sampled is what the loss sees, paddings and all
 
 
 def test_hybrid_models_are_evaluated_clamped_or_not():
     model = policy("lfm2").eval()
     sampling = Sampling(8)
     one = evaluate(model, TOK, TASKS, PythonEnvironment, answer_reward, sampling=sampling, k=4)
-    free = evaluate_clamped(model, TOK, TASKS, [Clamp("<tool_call>", high=1.0)], PythonEnvironment, answer_reward, sampling=sampling, k=4)
+    free = restore(model, TOK, [Clamp("<tool_call>", high=1.0)], TASKS, PythonEnvironment, answer_reward, sampling=sampling, k=4)
     assert [t.turns[0].ids for t in one.trajectories] == [t.turns[0].ids for t in free.trajectories]
-    never = TOK.convert_tokens_to_ids(TOK.convert_ids_to_tokens(one.trajectories[0].turns[0].ids[0]))
-    held = evaluate_clamped(model, TOK, TASKS, [Clamp(TOK.convert_ids_to_tokens(never), high=0.0)], PythonEnvironment, answer_reward, sampling=sampling, k=4)
+    never = one.trajectories[0].turns[0].ids[0]
+    held = restore(model, TOK, [Clamp(TOK.convert_ids_to_tokens(never), high=0.0)], TASKS, PythonEnvironment, answer_reward, sampling=sampling, k=4)
     assert all(never not in turn.ids for t in held.trajectories for turn in t.turns)
