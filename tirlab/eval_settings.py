@@ -147,13 +147,15 @@ def _local(what, tokenizer):
     "transformers, in turn or with continuous batching."
     import torch
     from transformers import AutoModelForCausalLM
-    from tirlab.continuous import ContinuousEngine
+    from tirlab.continuous import ContinuousEngine, fitting_engine
     from tirlab.engines import GenerateEngine
     if what["dtype"] and not isinstance(getattr(torch, what["dtype"], None), torch.dtype): raise ValueError(f"dtype={what['dtype']} is none; choose float32, bfloat16 or float16.")
     device = what["device"] or (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
     try: model = AutoModelForCausalLM.from_pretrained(what["model"] or tiny_policy(), dtype=what["dtype"] or ("float32" if device == "cpu" else "bfloat16")).to(device).eval()
     except (OSError, ValueError) as e: raise ValueError(f"model={what['model']} cannot be loaded: {' '.join(str(e).split()):.200}") from None
-    return ContinuousEngine(model, tokenizer) if what["engine"] == "continuous" else GenerateEngine(model, tokenizer, False), end_tokens(model, tokenizer), getattr(model.config, "max_position_embeddings", None)
+    continuous = fitting_engine(what["engine"], model) == "continuous"
+    engine = ContinuousEngine(model, tokenizer) if continuous else GenerateEngine(model, tokenizer, what["engine"] == "continuous")   # eager rollouts need a thread
+    return engine, end_tokens(model, tokenizer), getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 def _vllm(what, tokenizer):
     "vLLM in this process."
