@@ -281,10 +281,11 @@ def failing_tools(
     "Return what to do where every call of a tool failed, also where the tool gives an error of threads for its answer."
     ran = [r for t in trajectories for r in t.results if r.error not in (ToolError.MALFORMED, ToolError.UNKNOWN)]
     if len(ran) < 2 or not all(r.error or wrong_thread(r.content) for r in ran): return None
-    advice = "Call the tool by hand, with arguments from the trace"
-    if ran[0].error is ToolError.TIMEOUT: advice = "Raise the time that a call may take (tool_timeout), or make the tool quicker"
-    return (f"All {len(ran)} tool calls of the first batch failed, the first with: {ran[0].content[:300]} {advice}; a tool that works only on the thread that made its environment "
-            "needs `_thread_bound = True` in the environment's class, or max_concurrent_tools=1.")
+    bound = "`_thread_bound = True` in the environment's class (or on the function), so that its calls run on the thread that made it"
+    if any(wrong_thread(r.content) for r in ran): advice = f"Set {bound}."
+    elif ran[0].error is ToolError.TIMEOUT: advice = "Raise the time that a call may take (tool_timeout), or make the tool quicker."
+    else: advice = f"Call the tool by hand, with arguments from the trace; if it works there, it may need {bound}."
+    return f"All {len(ran)} tool calls of the first batch failed, the first with: {ran[0].content[:300]}. {advice}"
 
 # %% ../nbs/11_rollout.ipynb #af286e6a
 def run_async(
