@@ -89,7 +89,7 @@ def evaluate(
             rows = [dataset[i // k] for i in range(start, min(start + batch_size, k * len(dataset)))]
             prompts, named, formats, owned, resets = zip(*(open_row(r, tokenizer, environment_factory, tools, call_format, ends, number=(start + i) // k) for i, r in enumerate(rows)))
             done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate"), start, schedule, owned=owned, renew=lambda i, resets=resets: resets[i]())
-            if not start and (said := failing_tools(done)): warnings.warn(said)
+            if not start and (said := failing_tools(done)): warnings.warn(said, stacklevel=2)
     return Evaluation(done, score_rows([row for row in dataset for _ in range(k)], done, reward), k)
 
 # %% ../nbs/43_evaluate.ipynb #a11ceb02
