@@ -6,7 +6,7 @@
 __all__ = ['Evaluation', 'score_rows', 'check_rows', 'evaluate', 'restore', 'evaluate_cells']
 
 # %% ../nbs/43_evaluate.ipynb #ccc950be
-import inspect
+import inspect, warnings
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -20,7 +20,7 @@ from .estimates import Estimate, summary
 from .formats import make_format
 from .interventions import Clamp, bounds_of, clamped_engine
 from .rewards import answer_reward
-from .rollout import open_row, rollouts
+from .rollout import failing_tools, open_row, rollouts
 from .trajectory import Trajectory
 
 # %% ../nbs/43_evaluate.ipynb #1a8e9e5b
@@ -48,7 +48,7 @@ def score_rows(
 ) -> list[float | None]:               # N; None where the function gave none
     "Rewards of rollouts, as TRL asks for them."
     columns = {c: [row.get(c) for row in rows] for c in dict.fromkeys(c for row in rows for c in row) if c not in ("prompt", "completion", "completion_ids")}
-    return reward(prompts=[row["prompt"] for row in rows], completions=[t.messages for t in trajectories], completion_ids=[t.completion_ids for t in trajectories], **columns)
+    return reward(prompts=[row["prompt"] for row in rows], completions=[t.reward_messages for t in trajectories], completion_ids=[t.completion_ids for t in trajectories], **columns)
 
 def check_rows(
     dataset: Dataset,   # rows to be evaluated
@@ -87,8 +87,9 @@ def evaluate(
     with engine.ready():
         for start in range(0, k * len(dataset), batch_size):
             rows = [dataset[i // k] for i in range(start, min(start + batch_size, k * len(dataset)))]
-            prompts, named, formats, owned, resets = zip(*(open_row(r, tokenizer, environment_factory, tools, call_format, ends) for r in rows))
+            prompts, named, formats, owned, resets = zip(*(open_row(r, tokenizer, environment_factory, tools, call_format, ends, number=(start + i) // k) for i, r in enumerate(rows)))
             done += rollouts(list(prompts), engine, list(named), list(formats), limits, sampling, (seed, "evaluate"), start, schedule, owned=owned, renew=lambda i, resets=resets: resets[i]())
+            if not start and (said := failing_tools(done)): warnings.warn(said, stacklevel=2)
     return Evaluation(done, score_rows([row for row in dataset for _ in range(k)], done, reward), k)
 
 # %% ../nbs/43_evaluate.ipynb #a11ceb02
