@@ -7,14 +7,13 @@ __all__ = ['Scores', 'reward_functions', 'owned_rewards', 'reward_sources', 'rea
            'reward_column', 'event_loop', 'score_rows']
 
 # %% ../nbs/43e_eval_rewards.ipynb #433366d4
-import asyncio, inspect, threading, warnings
+import asyncio, inspect, threading
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
 # %% ../nbs/43e_eval_rewards.ipynb #663e952d
-import numpy as np
 import torch
 from datasets import Dataset
 from transformers import TrainerState
@@ -173,7 +172,7 @@ def score_rows(
     metrics, extra = defaultdict(list), defaultdict(list)
     columns = dict.fromkeys(c for row in rows for c in row if c not in _NO_COLUMNS)
     arguments = {c: [rows[i].get(c) for i in kept] for c in columns} | ({"environments": pick(environments)} if environments else {})
-    arguments |= dict(prompts=pick(prompts), completions=[c or [{"role": "assistant", "content": ""}] for c in pick(completions or [t.messages for t in trajectories])],
+    arguments |= dict(prompts=pick(prompts), completions=[c or [{"role": "assistant", "content": ""}] for c in pick(completions or [t.reward_messages for t in trajectories])],
                       completion_ids=[t.completion_ids for t in pick(trajectories)],
                       trainer_state=trainer_state or TrainerState(epoch=1.0, global_step=1, max_steps=1),
                       log_extra=lambda column, values: extra[column].extend(values), log_metric=lambda name, value: metrics[name].append(float(value)))

@@ -34,7 +34,7 @@ from .trajectory import StopReason, Trajectory
 # %% ../nbs/43c_eval_runs.ipynb #04b5e332
 async def _one_try(sampler, unit, j, gate, sampling, seed, slots, loop):
     "One rollout of one row, and what it began with."
-    opened = sampler.open(unit.row, unit.call_format)
+    opened = sampler.open(unit.row, unit.call_format, unit.item)
     engine, owner, noise = gate.seat(unit.seat + j) if gate else opened.engine, opened.environment, (seed, "evaluate", unit.number + j)
     begin = lambda: rollout(opened.prompt, engine, opened.tools, opened.format, sampler.limits, sampling, noise, slots, loop, owner=owner)
     done = await retried(begin, owner, opened.reset)

@@ -9,6 +9,7 @@ __all__ = ['Evaluation', 'Opened', 'Sampler', 'schedule_of', 'as_rows', 'check_r
 # %% ../nbs/43_evaluate.ipynb #ccc950be
 import copy, inspect, math, re, warnings
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
@@ -16,14 +17,14 @@ from typing import Any, Callable, NamedTuple
 from datasets import Dataset
 
 # %% ../nbs/43_evaluate.ipynb #48fbc3f1
-from .calls import RolloutLimits
+from .calls import RolloutLimits, wrong_thread
 from .endpoint import Endpoint, EndpointFormat
 from .engines import EngineError, GenerateEngine, Sampling, context_of, end_tokens
-from .environments import offered_tools
+from .environments import check_environment, offered_tools
 from .estimates import Estimate, summary
 from .eval_rewards import check_rewards, event_loop, reward_functions, reward_sources, score_rows
 from .interventions import Clamp, bounds_of, clamped_engine
-from .rollout import open_row, rollouts
+from .rollout import failing_tools, open_row, rollouts
 from .syntax import SYNTAXES
 from .trajectory import StopReason, ToolResult, Trajectory
 
@@ -63,14 +64,16 @@ class Opened(NamedTuple):
 
 _AS_THEY_ARE = SimpleNamespace(chat_template="", response_template={}, eos_token="", eos_token_id=-1, apply_chat_template=lambda messages, **more: list(messages))   # in place of a tokenizer: messages stay messages
 
-def _listening(factory, heard, prompt):
-    "A factory whose environment notes what its first `reset` says, and is reset with the row's own prompt, None for a row that has none."
+def _listening(factory, heard):
+    "A factory whose environment notes what its first `reset` says."
+    if not callable(factory): return factory   # refused where it is used
     def make():
         environment = factory()
         own = getattr(environment, "reset", None)
+        @wraps(own or make)
         def reset(**row):
             del environment.reset
-            said = own(**{k: v for k, v in row.items() if k != "prompt"} | ({} if prompt is None else {"prompt": prompt}))
+            said = own(**row)
             heard.append(said or "")
             return said
         if own is not None and hasattr(environment, "__dict__"): environment.reset = reset
@@ -93,16 +96,15 @@ class Sampler:
     def open(self,
         row: dict,                        # a dataset row
         call_format: str | None = None,   # how calls are written
+        number: int | None = None,        # of the row, for messages
     ) -> Opened:
-        "Return a row as a rollout needs it, in an environment of its own."
-        asked, heard, served = row.get("prompt"), [], isinstance(self.engine, Endpoint)
-        listen = lambda f: _listening(f, heard, asked)
-        factory = self.environment_factory
-        factory = {name: listen(f) for name, f in factory.items()} if isinstance(factory, dict) else factory and listen(factory)
+        "Return a row as a rollout needs it, in an environment of its own. Raises: ValueError, in one sentence, where it cannot be opened."
+        asked, heard, served, factory = row.get("prompt"), [], isinstance(self.engine, Endpoint), self.environment_factory
+        factory = {name: _listening(f, heard) for name, f in factory.items()} if isinstance(factory, dict) else factory and _listening(factory, heard)
         talk = asked if asked and not isinstance(asked, str) else [{"role": "user", "content": asked or ""}]
-        put = row | {"prompt": talk}
-        if served: prompt, named, format, owner, reset = open_row(put, _AS_THEY_ARE, factory, self.tools)
-        else: prompt, named, format, owner, reset = open_row(put, self.tokenizer, factory, self.tools, call_format, self.end_tokens, self.chat_template, self.template_kwargs)
+        put = row | {"prompt": talk} if asked else row
+        if served: prompt, named, format, owner, reset = open_row(put, _AS_THEY_ARE, factory, self.tools, number=number)
+        else: prompt, named, format, owner, reset = open_row(put, self.tokenizer, factory, self.tools, call_format, self.end_tokens, self.chat_template, self.template_kwargs, number)
         messages = [*talk[:-1], talk[-1] | {"content": talk[-1]["content"] + heard[0]}] if heard else talk
         if served:
             line = self.engine.line(self.limits.completion_tokens)
@@ -156,14 +158,12 @@ def check_limits(
 def _tried(sampler, i, row, call_format):
     "A row that was opened, and closed again. Raises: ValueError, in one sentence, where it cannot be."
     try:
-        opened = sampler.open(row, call_format)
+        opened = sampler.open(row, call_format, i)
         getattr(opened.environment, "_close", lambda: None)()
         if opened.tools: opened.format.observe([ToolResult(next(iter(opened.tools)), "0")])
         if hasattr(opened.environment, "_reply"): opened.format.reply("0")
     except (ValueError, EngineError): raise
     except Exception as e: raise ValueError(f"Task {i} cannot be opened: {type(e).__name__}: {' '.join(str(e).split()):.300}") from e
-    if not row.get("prompt") and not (opened.messages and opened.messages[-1]["content"]):
-        raise ValueError(f"Task {i} has no `prompt`, and its environment's `reset` says nothing either; the columns are {', '.join(row)}. Rename the one that asks.")
     return opened
 
 def _firsts(dataset, factory):
@@ -183,8 +183,7 @@ def check_cells(
 ) -> tuple[Sampler, list[Opened]]:   # sampler with the limits that training would set; the rows that were opened and closed
     "Check an evaluation before anything is sampled. Raises: ValueError, in one sentence, for what cannot work."
     factory, found, tools = sampler.environment_factory, [], bool(sampler.tools)
-    for f in (factory.values() if isinstance(factory, dict) else [factory] if factory is not None else []):
-        if not callable(f): raise ValueError(f"environment_factory holds an instance of {type(f).__name__}; pass the class, which is called once for every rollout.")
+    for dataset, _ in cells.values(): check_environment(factory, getattr(dataset, "column_names", None))
     if weights is not None and len(weights) != len(reward_functions(reward)): raise ValueError(f"reward_weights has {len(weights)} numbers for {len(reward_functions(reward))} reward functions; give one for each.")
     check_limits(sampler.limits)
     for dataset, call_format in cells.values():
@@ -240,7 +239,9 @@ class Failures:
     def warn(self) -> None:
         "Warn where every rollout failed, or every tool call, with the first message."
         if self.failed and self.failed == self.rollouts: warnings.warn(f"Every rollout failed, {self.failed} of {self.rollouts}; the first: {self.error}", stacklevel=3)
-        elif self.broken and self.broken == self.calls: warnings.warn(f"Every tool call failed, {self.broken} of {self.calls}; the first: {self.message}", stacklevel=3)
+        elif self.broken and self.broken == self.calls:
+            advice = " Set `_thread_bound = True` in the environment's class, so that its calls run on the thread that made it." * wrong_thread(self.message)
+            warnings.warn(f"Every tool call failed, {self.broken} of {self.calls}; the first: {self.message}.{advice}", stacklevel=3)
 
 # %% ../nbs/43_evaluate.ipynb #535ebf93
 def completions_of(
@@ -250,7 +251,7 @@ def completions_of(
 ) -> list:                            # messages; text for a prompt that is text and has no tools
     "Return what reward functions are shown as completions, as TRL shows it."
     text = [isinstance(o.messages, str) and not o.tools for o in opened]
-    return [tokenizer.decode(t.completion_ids, skip_special_tokens=True) if plain else t.messages for t, plain in zip(trajectories, text)]
+    return [tokenizer.decode(t.completion_ids, skip_special_tokens=True) if plain else t.reward_messages for t, plain in zip(trajectories, text)]
 
 def _evaluation(trajectories, scores, k):
     "One result of the scores of all batches."
@@ -289,7 +290,7 @@ def evaluate(
     with sampler.engine.ready(), event_loop() as loop:
         for start in range(0, total, size):
             rows = [dataset[i // k] for i in range(start, min(start + size, total))]
-            opened = [sampler.open(row, call_format) for row in rows]
+            opened = [sampler.open(row, call_format, (start + i) // k) for i, row in enumerate(rows)]
             served = {i: o.engine for i, o in enumerate(opened)} if isinstance(engine, Endpoint) else None
             owned = [o.environment for o in opened]
             batch = rollouts([o.prompt for o in opened], sampler.engine, [o.tools for o in opened], [o.format for o in opened], sampler.limits, sampling, (seed, "evaluate"), start, schedule,
@@ -297,6 +298,7 @@ def evaluate(
             scores.append(score_rows(rows, batch, reward, reward_weights, owned if environment_factory else None, [o.messages for o in opened], trainer_state, loop, completions_of(batch, opened, sampler.tokenizer)))
             done += batch
             failures.add(batch)
+            if not start and start + size < total and (said := failing_tools(batch)): warnings.warn(said, stacklevel=2)   # long before the end
     failures.warn()
     return _evaluation(done, scores, k)
 

@@ -8,6 +8,7 @@ __all__ = ['ToolCall', 'ToolError', 'ToolResult', 'TurnKind', 'Turn', 'StopReaso
 # %% ../nbs/00_trajectory.ipynb #6ce743d2
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 # %% ../nbs/00_trajectory.ipynb #2a654af3
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class ToolResult:
     error: ToolError | None = None  # None where the tool answered
     seconds: float = 0.0            # wall time of the call
     truncated: bool = False         # whether the middle of a long answer was left out
+    value: Any = field(default=None, compare=False, repr=False)   # the object that the tool returned; None for text, which is in `content`
+
+    def __getstate__(self):
+        "Leave the object behind: it stays in its process, and need not be one that can be pickled."
+        return {k: v for k, v in self.__dict__.items() if k != "value"}
 
 # %% ../nbs/00_trajectory.ipynb #1c7dded0
 class TurnKind(str, Enum):
@@ -104,12 +110,20 @@ class Trajectory:
         if any(t.logprobs is None for t in self.turns): return None
         return [p for t in self.turns for p in list(t.logprobs) + [0.0] * len(t.observation_ids)]
 
+    def _messages(self, content):
+        told = lambda t: [{"role": "tool", "name": r.name, "content": content(r)} for r in t.results if t.observation_ids]
+        asked = lambda t: [{"role": "user", "content": t.reply}] if t.reply is not None else []
+        return [m for t in self.turns for m in [t.message] + told(t) + asked(t)]
+
     @property
     def messages(self) -> list[dict]:
         "The completion as chat messages: assistant and tool turns, and the user's where a conversation goes on."
-        told = lambda t: [{"role": "tool", "name": r.name, "content": r.content} for r in t.results if t.observation_ids]
-        asked = lambda t: [{"role": "user", "content": t.reply}] if t.reply is not None else []
-        return [m for t in self.turns for m in [t.message] + told(t) + asked(t)]
+        return self._messages(lambda r: r.content)
+
+    @property
+    def reward_messages(self) -> list[dict]:
+        "The same messages as reward functions get them: a list that a tool returned is that list, as in TRL, all else is what the model read."
+        return self._messages(lambda r: r.value if isinstance(r.value, list) else r.content)
 
     @property
     def calls(self) -> list[ToolCall]:
