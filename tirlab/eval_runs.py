@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/43c_eval_runs.ipynb #9961a17c
 from .batches import task_name
 from .engines import Sampling
+from .environments import outside_loop
 from .eval_results import read_items, result_of
 from .eval_rewards import event_loop, reads_environments, reward_sources, score_rows
 from .evaluate import Failures, Sampler, as_rows, check_cells, completions_of, schedule_of
@@ -145,7 +146,7 @@ class _Scribe:
 
     def score(self, done):
         "What rewards say of each item's tries. `here`: in the thread that made the environments, for the rewards read them."
-        return [self._scores(unit, *zip(*tries)) for unit, tries in done]
+        with outside_loop(): return [self._scores(unit, *zip(*tries)) for unit, tries in done]
 
     def _scores(self, unit, opened, tries):
         environments = [o.environment for o in opened] if self.sampler.environment_factory else None

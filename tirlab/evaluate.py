@@ -203,7 +203,7 @@ def with_padding(
 ) -> Any:             # the same, or a copy that pads with the end of a sequence
     "Return a tokenizer with a pad token, as TRL's trainer sets one where there is none."
     if tokenizer is None or tokenizer.pad_token is not None: return tokenizer
-    tokenizer = copy.copy(tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)   # a shallow copy shares its special tokens
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -211,8 +211,8 @@ def _sampler(model, tokenizer, environment_factory, tools, limits, engine, sched
     "The sampler that arguments of `evaluate` describe, and its schedule."
     schedule = schedule_of(engine, schedule)
     if not isinstance(engine, Endpoint): tokenizer = with_padding(tokenizer)
-    contexts = [limits.context_tokens, *[context_of(model)] * (model is not None), getattr(engine, "context_tokens", None) or 2**31]
-    limits = replace(limits, context_tokens=min(contexts))
+    most = min(getattr(engine, "context_tokens", None) or 2**31, 2**31 if model is None else context_of(model))
+    limits = replace(limits, context_tokens=min(limits.context_tokens, most))
     engine, ends = engine or GenerateEngine(model, tokenizer, schedule == "eager"), None if model is None else end_tokens(model, tokenizer)
     return Sampler(engine, tokenizer, ends, environment_factory, tools, limits, chat_template, template_kwargs), schedule
 
