@@ -231,10 +231,9 @@ class Bound(Plain):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_bound_to_a_thread_is_made_used_and_read_there(way, schedule, tmp_path):
     def reads(environments, **kwargs): return [float(e.db.execute("select count(*) from t").fetchone()[0]) for e in environments]
-    for name, running in (("a", False), ("b", True)):
-        def go(): return both(way, QUESTIONS, lambda text: "done" if "<tool_response>" in text else CALL, Bound, reads, tmp_path / name, schedule=schedule)[0]
-        async def notebook(): return go()
-        assert (asyncio.run(notebook()) if running else go()) == [4.0, 4.0], name
+    def go(name): return both(way, QUESTIONS, lambda text: "done" if "<tool_response>" in text else CALL, Bound, reads, tmp_path / name, schedule=schedule)[0]
+    async def notebook(): return go("b")
+    assert go("a") == [4.0, 4.0] and asyncio.run(notebook()) == [4.0, 4.0]
 
 
 @pytest.mark.parametrize("way", WAYS)
