@@ -59,7 +59,8 @@ def find(name: str, box: int) -> str:
 
 def schemas(calls):
     "Tools whose parameters have the types of these arguments."
-    kind = lambda v: {"type": "string"} if isinstance(v, str) else {"type": "object"}
+    names = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
+    kind = lambda v: {"type": names[type(v)]}
     typed = lambda c: {"properties": {k: kind(v) for k, v in c.arguments.items()}}
     return [{"type": "function", "function": {"name": c.name, "parameters": typed(c)}} for c in calls]
 

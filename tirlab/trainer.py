@@ -24,6 +24,7 @@ from .advantages import BY_TURN, spread_to_tokens
 from .batches import Batches, task_name, total_rewards
 from .collapse import CollapseMonitor
 from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
+from .continuous import fitting_engine
 from .demonstrations import demonstrate, is_whole
 from .drift import assert_masks
 from .engines import context_of
@@ -111,6 +112,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
             warnings.filterwarnings("ignore", ".*environment_factory.*experimental")   # pinned, and held to TRL's behaviour by tests/test_parity.py
             with calls_as_text(processing_class) if args.call_format else nullcontext(): super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=[*(tools or []), tools_of_the_task] if self._brings_tools else tools,
                              environment_factory=environment_factory, **kwargs)
+            self.engine_name = fitting_engine(self.engine_name, self.model)   # known only now
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
             self.supervision = supervision or []
