@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import two_lists
-from datasets import Dataset
+from datasets import concatenate_datasets
 from forks import side_by_side
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -34,59 +34,66 @@ def policy():
 
 
 LOCK = threading.Lock()
-VALUES = {"list": [1, {"a": 2}], "blocks": [{"type": "text", "text": "85"}], "empty list": [], "not to be pickled": [LOCK], "dict": {"a": 1}, "tuple": (1, 2), "number": 85, "none": None, "text": "85"}
+VALUES = {"list": [1, {"a": 2}], "blocks": [{"type": "text", "text": "85"}], "empty list": [], "long list": [*range(40)], "not to be pickled": [LOCK], "dict": {"a": 1}, "tuple": (1, 2), "number": 85, "none": None, "text": "85"}
 
 
-def returning(value):
-    class Returns:
-        "An environment whose tool returns one thing."
-        def reset(self, **row): pass
-        def python(self, code: str) -> list:
-            """
-            Answer.
+class Returns:
+    "An environment whose tool returns what the row says."
+    def reset(self, kind, **row): self._value = VALUES[kind]
+    def python(self, code: str) -> list:
+        """
+        Answer.
 
-            Args:
-                code: Anything.
-            """
-            if isinstance(value, Exception): raise value
-            return value
-    return Returns
+        Args:
+            code: Anything.
+        """
+        return self._value
 
 
-def contents(seen):
-    return [m["content"] for completions in seen for c in completions for m in c if m["role"] == "tool"]
+def of_kinds(n=1):
+    kinds = [*VALUES] * n
+    return make_tasks("arithmetic", n=len(kinds)).add_column("kind", kinds)
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_rewards_get_what_trl_gives_them(name, policy, tmp_path):
+def contents(completions, kind):
+    "What the tools answered, as a reward function gets it: (kind of the row, content)."
+    return [(k, m["content"]) for c, k in zip(completions, kind) for m in c if m["role"] == "tool" and "error" not in str(m["content"])[:10]]
+
+
+def test_rewards_get_what_trl_gives_them(policy, tmp_path, monkeypatch):
     "A list is that list, the same object; all else is text. In TRL's trainer, in ours, and in `evaluate`; the trace holds text."
-    value, seen = VALUES[name], []
-    def reward(completions, **kwargs):
-        seen.append(completions)
+    suffix = GRPOTrainer._get_tool_suffix_ids   # the tiny policy's template joins text
+    monkeypatch.setattr(GRPOTrainer, "_get_tool_suffix_ids", lambda self, messages: suffix(self, [m | {"content": str(m["content"])} for m in messages]))
+    seen = []
+    def reward(completions, kind, **kwargs):
+        seen.extend(contents(completions, kind))
         return [0.0] * len(completions)
-    common = dict(output_dir=str(tmp_path), max_tool_calling_iterations=1, report_to="none", **SMALL)
-    GRPOTrainer(tiny_policy(), reward, GRPOConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, **common), make_tasks("arithmetic", n=4), environment_factory=returning(value)).train()
-    theirs = contents(seen)
-    seen.clear()
+    def taken():
+        found = list(seen)
+        seen.clear()
+        return found
+    common = dict(output_dir=str(tmp_path), max_tool_calling_iterations=1, report_to="none", **SMALL | dict(per_device_train_batch_size=4 * len(VALUES), num_generations=4))
+    GRPOTrainer(tiny_policy(), reward, GRPOConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, **common), of_kinds(), environment_factory=Returns).train()
+    theirs = taken()
     args = TIRConfig(run_dir=str(tmp_path / "run"), malformed_calls="stop", max_observation_chars=None, log_completions=True, **common)
-    trainer = TIRTrainer(tiny_policy(), reward, args, make_tasks("arithmetic", n=4), environment_factory=returning(value))
+    trainer = TIRTrainer(tiny_policy(), reward, args, of_kinds(), environment_factory=Returns)
     trainer.train()
-    ours = contents(seen)
-    seen.clear()
-    evaluate(*policy, make_tasks("arithmetic", "test", 8), returning(value), reward, limits=RolloutLimits(160, observation_chars=None))
-    given = value if isinstance(value, list) else str(value)
-    called = [t for t in theirs + ours + contents(seen) if t is given or t == given]
-    assert theirs and ours and contents(seen) and all("error" in str(t) or t == given for t in theirs + ours + contents(seen)) and len(called) > 2
-    if isinstance(value, list): assert all(t is value for t in called)
-    assert {m["content"] for t in trainer._batch for m in t.messages if m["role"] == "tool"} <= {str(value)} | {t for t in ours if isinstance(t, str)}
+    ours = taken()
+    evaluate(*policy, of_kinds(2), Returns, reward, limits=RolloutLimits(160, observation_chars=None))
+    for found in (theirs, ours, taken()):
+        assert len({k for k, _ in found}) > len(VALUES) // 3 and any(isinstance(t, list) for _, t in found)
+        for kind, told in found: assert told is VALUES[kind] if isinstance(VALUES[kind], list) else told == str(VALUES[kind])
     run = open_run(args.run_dir)
-    assert any(str(value) in "".join(run.trajectory(i).text) for i in run.index().id)
+    told = ["".join(run.trajectory(i).text) for i in run.index().id]
+    assert all(any(str(VALUES[k]) in text for text in told) for k, _ in ours)
 
 
 def test_a_list_is_whole_where_its_text_was_cut(policy):
-    seen, value = [], list(range(1000))
-    evaluate(*policy, make_tasks("arithmetic", "test", 8), returning(value), lambda completions, **k: seen.append(completions) or [0.0] * 8, limits=RolloutLimits(160, observation_chars=40))
-    assert contents(seen) and all(t is value for t in contents(seen) if "error" not in str(t)[:10])
+    seen, rows = [], of_kinds().filter(lambda r: r["kind"] == "long list")
+    rows = concatenate_datasets([rows] * 8)
+    found = evaluate(*policy, rows, Returns, lambda completions, kind, **k: seen.extend(contents(completions, kind)) or [0.0] * 8, limits=RolloutLimits(160, observation_chars=40))
+    assert seen and all(told is VALUES["long list"] for _, told in seen)
+    assert any(r.truncated and "left out" in r.content for t in found.trajectories for r in t.results)
 
 
 def listed(value):

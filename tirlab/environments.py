@@ -179,23 +179,24 @@ def check_environment(
     columns: Any = None,                # names of the columns that `reset` will get; None where they are not known yet
 ) -> None:
     "Raises: ValueError, in one sentence, where an instance stands for a class, or where `reset` does not take the row."
-    if isinstance(environment_factory, dict):
-        for factory in environment_factory.values(): check_environment(factory, columns and [c for c in columns if c != "environment"])
-        return
-    if environment_factory is None: return
-    if isinstance(environment_factory, type): return _check_reset(environment_factory, environment_factory, ["prompt"] if columns is None else columns)
-    name = type(environment_factory).__name__
-    if hasattr(environment_factory, "reset") or not callable(environment_factory):
-        raise ValueError(f"environment_factory is an instance of {name}; give the class itself, environment_factory={name}, or a function that makes one: "
-                         "every rollout needs an environment of its own.")
+    many = isinstance(environment_factory, dict)
+    if many and columns is not None: columns = [c for c in columns if c != "environment"]   # TRL does not pass it on
+    for factory in environment_factory.values() if many else filter(None, [environment_factory]):
+        kind, name = isinstance(factory, type), type(factory).__name__
+        if not kind and (hasattr(factory, "reset") or not callable(factory)):
+            raise ValueError(f"environment_factory is an instance of {name}; give the class itself, environment_factory={name}, or a function that makes one: "
+                             "every rollout needs an environment of its own.")
+        if kind and not (many and columns is None): _check_reset(factory, factory, columns)   # a row of several may have no other column
 
 def _check_reset(kind, owner, columns):
-    "Raise ValueError where `reset` of a class, or of an instance of it, does not take a row with these columns."
+    "Raise ValueError where `reset` of a class, or of an instance of it, does not take a row with these columns; None for any."
     reset = getattr(owner, "reset", None)
     if not callable(reset): return   # TRL says so itself
     try: takes = inspect.signature(reset)
     except (TypeError, ValueError): return   # written in C, say
     if owner is kind and inspect.isfunction(inspect.getattr_static(kind, "reset")): takes = takes.replace(parameters=[*takes.parameters.values()][1:])
+    if columns is None and takes.parameters: return
+    columns = ["prompt"] if columns is None else columns
     try: takes.bind(**dict.fromkeys(columns))
     except TypeError as e:
         raise ValueError(f"`reset` of {kind.__name__} is called with the columns of a row ({', '.join(columns)}) and does not fit them: {e}. "

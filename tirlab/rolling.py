@@ -138,7 +138,7 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
         if not t.turns: prompt_ids[i] = prompt_ids[i][-1:]   # TRL holds the same list: a prompt longer than the context must not reach the model
     for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)
     self._check_failures(num_generations)
-    if mode == "train" and not self._checked and (said := failing_tools(batch)): warnings.warn(said)
+    if mode == "train" and not self._checked and (said := failing_tools(batch)): warnings.warn(said, stacklevel=2)
     self._log_rollouts(clock)
     self._retire_environments()
     return self._first_turns()

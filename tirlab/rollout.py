@@ -106,9 +106,9 @@ def open_row(
     if many and row.get("environment") not in environment_factory:
         raise ValueError(f"The column `environment` says {row.get('environment')!r}; it must name one of {', '.join(map(str, environment_factory))}.")
     factory = environment_factory[row["environment"]] if many else environment_factory
-    check_environment(factory)
-    with outside_loop(): environment = factory() if factory else None
     row = {k: v for k, v in row.items() if not (many and k == "environment")}
+    check_environment(factory, list(row))
+    with outside_loop(): environment = factory() if factory else None
     reset = lambda: reset_environment(environment, row, number)
     more = reset()   # what the tools are may depend on the row
     named = environment_tools(environment, tools)
