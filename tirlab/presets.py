@@ -272,11 +272,10 @@ def rate_line(
     "Which learning rate a run has, and whose it is."
     name, rate = given.get("recipe", TRAIN_KEYS["recipe"]), f"Learning rate: {args.learning_rate:g}"
     found = PRESETS[name]
-    paper = f"{found.sets['learning_rate']:g} in {found.paper} is for {found.rate_for}" if found.rate_for else "the recipe gives none"
     if "learning_rate" in given: return f"{rate}, yours."
-    if is_tiny(given.get("model")): return f"{rate}, at which the tiny policy was seen to learn; {paper}."
-    if found.rate_for: return f"{rate}; {paper}, and another model may need another: learning_rate=..."
-    return f"{rate}, TRL's default, for {paper}; another: learning_rate=..."
+    whose = found.paper.partition(",")[0] if found.rate_for else ""
+    if is_tiny(given.get("model")): return f"{rate}, at which the tiny policy was seen to learn" + (f"; {found.sets['learning_rate']:g}, of {whose}, is for {found.rate_for}." if whose else ".")
+    return f"{rate}, " + (f"of {whose}, for {found.rate_for}" if whose else "TRL's default, since the recipe gives none") + "; set another with learning_rate=..."
 
 # %% ../nbs/44a_presets.ipynb #97fce7ba
 def _sft_arguments(given):
