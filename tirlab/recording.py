@@ -35,6 +35,12 @@ def _text(value):
     "A column's value as the record keeps it."
     return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
 
+def _as_given(scores, weights):
+    "The total of each row as its reward functions gave it, infinite or not, None where unscored."
+    infinite = (scores * weights.to(scores.device)).nansum(1)
+    total = torch.where(infinite.isfinite(), total_rewards(scores, weights), infinite)
+    return [None if r != r else r for r in total.tolist()]   # nan is not itself
+
 def row_fields(
     trainer: Any,         # TIRTrainer
     rows: list[dict],     # B rows of the dataset
@@ -43,12 +49,12 @@ def row_fields(
     "What is known of each row of a batch beside its rollout; the numbers are used up."
     rank, processes, step = trainer.accelerator.process_index, trainer.accelerator.num_processes, step_on_record(trainer)
     size, split = (trainer.num_generations, "train") if trainer.model.training else (trainer.num_generations_eval, "eval")
-    start, totals, fields = trainer._rows_of_step.get((split, step), 0), total_rewards(scores, trainer.reward_weights).tolist(), []
+    start, totals, fields = trainer._rows_of_step.get((split, step), 0), _as_given(scores, trainer.reward_weights), []
     trainer._rows_of_step = {(split, step): start + len(rows)}
     for i, (x, given, total) in enumerate(zip(rows, scores.tolist(), totals)):
         named = {name: None if r != r else r for name, r in zip(trainer.reward_func_names, given)}   # nan is not itself
         fields.append(dict(id=trace_id(step, rank, start + i, split), step=step, rank=rank, group=(start * processes + rank * len(rows) + i) // size, split=split,
-                           environment=_text(x.get("environment")), task=task_name(x), reward=None if total != total else total, rewards=named, answer=_text(x.get("answer"))))
+                           environment=_text(x.get("environment")), task=task_name(x), reward=total, rewards=named, answer=_text(x.get("answer"))))
     return fields
 
 # %% ../nbs/40d_recording.ipynb #b0c40168

@@ -21,14 +21,14 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 # %% ../nbs/41_trainer.ipynb #84a219db
 from .advantages import BY_TURN, spread_to_tokens
-from .batches import Batches, task_name, total_rewards
+from .batches import Batches, finite_rewards, task_name, total_rewards
 from .collapse import CollapseMonitor
 from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
 from .demonstrations import demonstrate, is_whole
 from .drift import assert_masks
 from .engines import context_of
 from .environments import check_tool
-from .filters import filtered_mask, loss_tokens, overlong
+from .filters import filtered_mask, loss_tokens, overlong, zero_variance
 from .formats import make_format, tool_schemas
 from .objective import Objective
 from .interventions import Clamp, bounds_of, turn_states
@@ -177,14 +177,18 @@ def _load_optimizer_and_scheduler(self: TIRTrainer, checkpoint):
 # %% ../nbs/41_trainer.ipynb #3692e867
 @patch
 def _calculate_rewards(self: TIRTrainer, inputs, prompts, completions, completion_ids_list):
-    "TRL's rewards of all processes, (N, F), without those of rollouts that failed; kept for `_credit` and the record."
+    "TRL's rewards of all processes, (N, F), without those of rollouts that failed; kept as given for the record, and handed on without infinite ones."
     if self._filled:
         self._rewards = self._filled.scores
-        return self._rewards
+        return finite_rewards(self._rewards, self.reward_weights)
     rewards = super(TIRTrainer, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
     failed = torch.tensor([not t.turns for t in self._batch], device=rewards.device)
     self._rewards = rewards.masked_fill(self.accelerator.gather(failed)[:, None], torch.nan)
-    return self._rewards
+    finite = finite_rewards(self._rewards, self.reward_weights)
+    if names := [f"`{n}`" for n, lost in zip(self.reward_func_names, (self._rewards.isinf() & finite.isnan()).any(0).tolist()) if lost]:
+        warnings.warn(f"Reward function {', '.join(names)} gave an infinite reward: such a rollout counts as unscored, without an advantage and outside its group's mean; "
+                      "return a finite number.", stacklevel=2)
+    return finite
 
 # %% ../nbs/41_trainer.ipynb #109fa907
 @patch
@@ -269,10 +273,11 @@ def _log_own(self: TIRTrainer):
 
 @patch
 def _level(self: TIRTrainer, by_turn, output):
-    "Advantages by turn, exactly 0, in the batch too, where all of a group earned the same."
+    "Advantages by turn, exactly 0, in the batch too, where all scored rollouts of a group earned the same."
     size = self.num_generations if self.model.training else self.num_generations_eval
-    groups = total_rewards(self._rewards, self.reward_weights).view(-1, size)
-    level = self._local((groups == groups[:, :1]).all(1).repeat_interleave(size))
+    each = self.args.multi_objective_aggregation == "normalize_then_sum"   # there every reward function is compared by itself
+    columns = finite_rewards(self._rewards, self.reward_weights).T if each else [total_rewards(self._rewards, self.reward_weights)]
+    level = self._local(torch.stack([zero_variance(c, size) for c in columns]).all(0).repeat_interleave(size))
     output["advantages"] = output["advantages"].masked_fill(level, 0)
     return by_turn.masked_fill(level[:, None], 0)
 
