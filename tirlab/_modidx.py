@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tirlab.advantages._groups': ('advantages.html#_groups', 'tirlab/advantages.py'),
                                    'tirlab.advantages._moments': ('advantages.html#_moments', 'tirlab/advantages.py'),
                                    'tirlab.advantages._scaled': ('advantages.html#_scaled', 'tirlab/advantages.py'),
+                                   'tirlab.advantages._scored': ('advantages.html#_scored', 'tirlab/advantages.py'),
                                    'tirlab.advantages._table': ('advantages.html#_table', 'tirlab/advantages.py'),
                                    'tirlab.advantages._totals': ('advantages.html#_totals', 'tirlab/advantages.py'),
                                    'tirlab.advantages._turn_moments': ('advantages.html#_turn_moments', 'tirlab/advantages.py'),
