@@ -294,8 +294,7 @@ def _relog_advantages(self: TIRTrainer, by_turn, n):
 def _leave_out(self: TIRTrainer, output, groups):
     "Take what the arguments say out of the loss; the reason for each row, None where it stays as it was."
     logps, old, mask = output.get("sampling_per_token_logps"), output.get("old_per_token_logps"), output["completion_mask"] * output.get("tool_mask", 1)
-    ratios = torch.ones_like(mask, dtype=torch.float32) if logps is None or old is None else (old - logps).exp()
-    keep, reasons = keep_tokens(self.args, self._batch, mask, groups, logps if logps is not None else old, ratios)
+    keep, reasons = keep_tokens(self.args, self._batch, mask, groups, logps if logps is not None else old)
     mode = self._metrics["train"]
     mode["filter/dropped_rollouts"].append(sum(gather_object([not row.any().item() for row in keep])))
     if not any(gather_object(reasons)): return reasons   # all processes or none: what follows is collective
