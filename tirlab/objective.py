@@ -64,12 +64,19 @@ def _compute_loss(self: Objective, model, inputs):
         kept = self._in_loss[1]
     finally: self._in_loss = None
     loss, self._logp = loss + self._extra_loss(inputs, kept, mask) + self._lesson_loss(model), None
-    if self.model.training: self._signal = self._signal or bool((given["advantages"].reshape(len(mask), -1) * mask).any())
+    if self.model.training: self._note_gradients(given, kept)
     self._log_gap(inputs)
     columns = self._look(given)
     if self._recorder and "record" in inputs and self._recorder.score(inputs["record"].tolist(), *self._scores, step_on_record(self), **columns) and not self._may_still_drop():
         self._recorder.write(gather_object)
     return loss
+
+@patch
+def _note_gradients(self: Objective, inputs, mask):
+    "Note whether any rollout of this part has a gradient, and for each that has none why."
+    has = (inputs["advantages"].reshape(len(mask), -1) * mask).ne(0).any(1).tolist()
+    self._signal = self._signal or any(has)
+    self._without += [None if h else self._reasons[row] for h, row in zip(has, inputs["row"].tolist())]
 
 @patch
 def _look(self: Objective, inputs):
@@ -99,6 +106,7 @@ def _drop_high_ratios(self: Objective, logp):
     advantages = inputs["advantages"]
     inputs["advantages"] = advantages * (keep.any(1) if advantages.dim() == 1 else keep)
     self._in_loss = inputs, mask * keep
+    self._reasons |= {row: r for row, r in zip(inputs["row"].tolist(), reasons) if r}
     if self._recorder and "record" in inputs: note_dropped(self._recorder, inputs["record"].tolist(), reasons)
     dropped = sum(gather_object([sum(r is not None for r in reasons)]))
     self._metrics["train"]["filter/high_ratio_rollouts"].append(dropped / (len(reasons) * self.accelerator.num_processes))

@@ -32,7 +32,7 @@ from .filters import filtered_mask, loss_tokens, overlong, zero_variance
 from .formats import make_format, tool_schemas
 from .objective import Objective
 from .interventions import Clamp, bounds_of, turn_states
-from .recording import free_folder, record_left_out, recording, row_fields
+from .recording import UNSCORED, ZERO_VARIANCE, EmptySteps, free_folder, record_left_out, recording, row_fields
 from .rolling import Rolling, bring_tools, tools_of_the_task
 from .sampler import calls_as_text, make_canary
 from .prompts import Replay
@@ -53,7 +53,7 @@ def _nothing_left_behind(folder):
         raise
 
 class SkipEmptySteps(TrainerCallback):
-    "Leaves the optimiser alone where no token has a gradient: Adam would go on along the last gradients, and its moments would decay. Measured in nbs/experiments/02_zero_signal."
+    "With `skip_empty_steps`, leaves the optimiser alone where no token has a gradient: Adam would go on along the last gradients, and its moments would decay. Measured in nbs/experiments/02_zero_signal."
     def __init__(self,
         trainer: Any,   # TIRTrainer, which notes whether a step has any signal
     ): self.trainer = trainer
@@ -62,6 +62,8 @@ class SkipEmptySteps(TrainerCallback):
         signal, self.trainer._signal = self.trainer._signal, False
         params = [p for p in self.trainer.model.parameters() if p.grad is not None]
         empty = not any(gather_object([signal or any(p.grad.any().item() for p in params)]))
+        self.trainer._empty = empty
+        if not args.skip_empty_steps: return
         self.trainer._metrics["train"]["skipped_steps"].append(float(empty))
         if empty and not (args.fp16 and not args.max_grad_norm):   # there the scaler would miss its gradients
             for p in params: p.grad = None
@@ -119,6 +121,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
         self._offset, self._total = 0, None   # steps done in earlier rounds, and in all rounds, where there are rounds
+        self._empty, self._reasons, self._without = False, {}, []   # whether the step has no gradient; why a row of the batch may have none; the reasons of a step's rows
         self.bounds = None
         self.intervene(interventions)
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
@@ -129,7 +132,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         self._batches = Batches(args, train_dataset, self.reward_weights, self.accelerator.process_index, self.accelerator.num_processes, gather_object, next((s for s in self.supervision if isinstance(s, Replay)), None)) if train_dataset is not None else None
         for monitor in self.callback_handler.callbacks:
             if isinstance(monitor, CollapseMonitor): monitor.trainer = self
-        if args.skip_empty_steps: self.add_callback(SkipEmptySteps(self))
+        for callback in (SkipEmptySteps(self), EmptySteps(self)): self.add_callback(callback)
         if args.reset_optimizer_steps: self.add_callback(ForgetMoments(self))
         self._canary, self._rolled = make_canary(self), {}
         markers = make_format(args.call_format, self._tokenizer, self.tools).control_ids
@@ -244,6 +247,9 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     elif own and turns: output["advantages"] = by_turn[:, 0]
     if own: self._relog_advantages(by_turn, len(advantages))
     dropped = self._leave_out(output, self._local(reasons)) if self.model.training else [None] * len(self._batch)
+    if self.model.training:
+        unscored = self._local(total_rewards(self._rewards, self.reward_weights).isnan()).tolist()
+        self._reasons = {i: d or (UNSCORED if u else ZERO_VARIANCE) for i, (d, u) in enumerate(zip(dropped, unscored))}
     if self._weighs and self.model.training: output["shown"] = torch.tensor([t.origin == "demonstration" for t in self._batch], device=failed.device)
     if self.model.training: self._lessons = self._show(inputs)
     names = [str(i) for i in range(len(inputs))]
