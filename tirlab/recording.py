@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ZERO_VARIANCE', 'UNSCORED', 'step_on_record', 'row_fields', 'record_left_out', 'note_dropped', 'without_gradient',
-           'EmptySteps', 'free_folder', 'recording']
+           'EmptySteps', 'table_message', 'write_down', 'free_folder', 'recording']
 
 # %% ../nbs/40d_recording.ipynb #09759524
 import json, os, re, time, warnings
@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 import tirlab
 from .batches import Group, task_name, total_rewards
 from .environments import isolation_of
+from .files import clean_text, plain
 from .formats import make_format
 from .recorder import Recorder
 from .traces import RunWriter, trace_id
@@ -35,7 +36,7 @@ def step_on_record(
     "The step under which TRL will log what happens now: in training the one that is under way, in evaluation the last one done."
     return trainer._offset + trainer.state.global_step + trainer.model.training
 
-def _text(value):
+def _reference(value):
     "A column's value as the record keeps it."
     return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
 
@@ -58,7 +59,7 @@ def row_fields(
     for i, (x, given, total) in enumerate(zip(rows, scores.tolist(), totals)):
         named = {name: None if r != r else r for name, r in zip(trainer.reward_func_names, given)}   # nan is not itself
         fields.append(dict(id=trace_id(step, rank, start + i, split), step=step, rank=rank, group=(start * processes + rank * len(rows) + i) // size, split=split,
-                           environment=_text(x.get("environment")), task=task_name(x), reward=total, rewards=named, answer=_text(x.get("answer"))))
+                           environment=_reference(x.get("environment")), task=task_name(x), reward=total, rewards=named, answer=_reference(x.get("answer"))))
     return fields
 
 # %% ../nbs/40d_recording.ipynb #b0c40168
@@ -143,6 +144,51 @@ def _warn(self: EmptySteps, said):
     if not self.trainer.is_world_process_zero(): return
     advice = next((a for kind, a in _ADVICE.items() if kind in said), "")
     warnings.warn(f"{said} {advice}".strip(), stacklevel=2)
+
+# %% ../nbs/40d_recording.ipynb #3eb8d076
+def _text(value):
+    "A value as text that a file can hold."
+    try: return clean_text(value if isinstance(value, str) else str(plain(value)) if isinstance(value, dict | list | tuple) else str(value))
+    except (ValueError, RecursionError): return f"<a {type(value).__name__} that is too large to write>"
+
+def _arguments(given):
+    "Arguments of a call as the JSON text of an object."
+    if isinstance(given, str):   # JSON, as in the table of the step before, or what the model wrote in its place
+        try: given = json.loads(given)
+        except (ValueError, RecursionError): pass
+    try: return json.dumps(plain(given if isinstance(given, dict) else {"arguments": given}), ensure_ascii=False)
+    except (ValueError, RecursionError): return json.dumps({"arguments": _text(given)})
+
+def table_message(
+    message: dict,   # of a conversation
+) -> dict:           # its texts, and its calls with their arguments as JSON text
+    "Write a message down so that all messages of a column have one type."
+    calls, content = message.get("tool_calls"), message.get("content")
+    if isinstance(content, list): content = "".join(b.get("text") or "" if isinstance(b, dict) else _text(b) for b in content)
+    texts = {k: _text(v) for k, v in message.items() if k not in ("role", "content", "tool_calls") and v is not None}
+    functions = [c.get("function", c) if isinstance(c, dict) else {"name": c} for c in (calls if isinstance(calls, list) else [])]
+    written = [{"type": "function", "function": {"name": _text(f.get("name")), "arguments": _arguments(f.get("arguments") or {})}} for f in functions]
+    return {"role": _text(message.get("role") or ""), "content": None if content is None else _text(content)} | texts | ({"tool_calls": written} if written else {})
+
+# %% ../nbs/40d_recording.ipynb #b560eaef
+def _column(values, length):
+    "A column of one type: numbers or truth values as they are, anything else, and a mixture, as text; None where values are missing."
+    values = [v.item() if hasattr(v, "item") and getattr(v, "ndim", 0) == 0 else v for v in values] + [None] * (length - len(values))
+    kinds = {type(v) for v in values if v is not None}
+    if kinds <= {bool} or kinds <= {int, float} and all(abs(v) < 2**63 for v in values if isinstance(v, int)): return values
+    return [None if v is None else _text(v) for v in values]
+
+def write_down(
+    logs: dict,   # TRL's `_logs`: prompt, completion, extra (name -> values), each a deque
+) -> None:
+    "Write down what TRL's table of completions is made of, in place."
+    spoken = lambda x: [table_message(m) for m in x] if isinstance(x, list) and all(isinstance(m, dict) for m in x) else _text(x)
+    for log in (logs["prompt"], logs["completion"]):
+        entries = [spoken(x) for x in log]
+        log.clear(), log.extend(entries)
+    for log in logs["extra"].values():
+        values = _column(list(log), len(logs["prompt"]))
+        log.clear(), log.extend(values)
 
 # %% ../nbs/40d_recording.ipynb #8c297836
 def free_folder(

@@ -32,7 +32,7 @@ from .filters import filtered_mask, loss_tokens, overlong, zero_variance
 from .formats import make_format, tool_schemas
 from .objective import Objective
 from .interventions import Clamp, bounds_of, turn_states
-from .recording import UNSCORED, ZERO_VARIANCE, EmptySteps, free_folder, record_left_out, recording, row_fields
+from .recording import UNSCORED, ZERO_VARIANCE, EmptySteps, free_folder, record_left_out, recording, row_fields, write_down
 from .rolling import Rolling, bring_tools, tools_of_the_task
 from .sampler import calls_as_text, make_canary
 from .prompts import Replay
@@ -344,6 +344,7 @@ def _open_records(self: TIRTrainer, inputs, by_turn, rewards, advantages, droppe
 @patch
 def log(self: TIRTrainer, logs, start_time=None):
     "TRL's log; the same numbers go to the run folder."
+    if self.log_completions: write_down(self._logs)
     super(TIRTrainer, self).log(logs, start_time)
     if not self._recorder or not self.is_world_process_zero(): return
     evaluation = any(k.startswith("eval_") for k in logs)
