@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ZERO_VARIANCE', 'UNSCORED', 'step_on_record', 'row_fields', 'record_left_out', 'note_dropped', 'without_gradient',
-           'EmptySteps', 'table_message', 'write_down', 'free_folder', 'recording']
+           'EmptySteps', 'table_message', 'write_down', 'free_folder', 'recording', 'rewind', 'OneHistory']
 
 # %% ../nbs/40d_recording.ipynb #09759524
 import json, os, re, time, warnings
@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 import tirlab
 from .batches import Group, task_name, total_rewards
 from .environments import isolation_of
-from .files import clean_text, plain
+from .files import clean_text, plain, write_atomic
 from .formats import make_format
 from .recorder import Recorder
 from .traces import RunWriter, trace_id
@@ -227,3 +227,34 @@ def recording(
         if training: trainer._ended = status
         elif status == "finished": status = trainer._ended or status   # an evaluation does not mend a run that failed
         recorder.close(status, error, *[gather_object] * (status == "finished"))   # a process that failed must not wait for the others
+
+# %% ../nbs/40d_recording.ipynb #842a44ec
+def _step_of(line):
+    "The step of a line of the record; -1 for a line that is not ours."
+    try: return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError): return -1
+
+def rewind(
+    writer: RunWriter,   # an open run folder
+    step: int,           # last step that is kept
+) -> None:
+    "Cut off the record what comes after a step."
+    writer._last, writer._steps = (None, set()), {key: lines for key, lines in writer._steps.items() if key[0] <= step}
+    if writer.rank: return
+    for name in ("metrics", "steps", "alarms", "index"):
+        if not (file := writer.path/f"{name}.jsonl").exists(): continue
+        lines = file.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines): write_atomic(file, b"".join(kept))
+    for file in writer.path.glob("*/**/*step-*.rank-*"):   # tokens, and scores of other checkpoints
+        if (found := re.search(r"step-(\d+)\.rank-", file.name)) and int(found[1]) > step: file.unlink()
+    writer.beat(min(writer.meta["step"], step), force=True)
+
+class OneHistory(TrainerCallback):
+    "Cuts off the record what training is about to do again."
+    def __init__(self,
+        trainer: Any,   # TIRTrainer
+    ): self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer._recorder: rewind(self.trainer._recorder.writer, self.trainer._offset + state.global_step)

@@ -6,7 +6,7 @@
 __all__ = ['SkipEmptySteps', 'ForgetMoments', 'TIRTrainer']
 
 # %% ../nbs/41_trainer.ipynb #03c7e73d
-import json, os, warnings
+import json, math, os, warnings
 from contextlib import contextmanager, nullcontext
 from typing import Any, Callable
 
@@ -32,7 +32,7 @@ from .filters import filtered_mask, loss_tokens, overlong, zero_variance
 from .formats import make_format, tool_schemas
 from .objective import Objective
 from .interventions import Clamp, bounds_of, turn_states
-from .recording import UNSCORED, ZERO_VARIANCE, EmptySteps, free_folder, record_left_out, recording, row_fields, write_down
+from .recording import UNSCORED, ZERO_VARIANCE, EmptySteps, OneHistory, free_folder, record_left_out, recording, row_fields, write_down
 from .rolling import Rolling, bring_tools, tools_of_the_task
 from .sampler import calls_as_text, make_canary
 from .prompts import Replay
@@ -132,7 +132,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         self._batches = Batches(args, train_dataset, self.reward_weights, self.accelerator.process_index, self.accelerator.num_processes, gather_object, next((s for s in self.supervision if isinstance(s, Replay)), None)) if train_dataset is not None else None
         for monitor in self.callback_handler.callbacks:
             if isinstance(monitor, CollapseMonitor): monitor.trainer = self
-        for callback in (SkipEmptySteps(self), EmptySteps(self)): self.add_callback(callback)
+        for callback in (SkipEmptySteps(self), EmptySteps(self), OneHistory(self)): self.add_callback(callback)
         if args.reset_optimizer_steps: self.add_callback(ForgetMoments(self))
         self._canary, self._rolled = make_canary(self), {}
         markers = make_format(args.call_format, self._tokenizer, self.tools).control_ids
@@ -352,12 +352,46 @@ def log(self: TIRTrainer, logs, start_time=None):
     self._recorder.writer.log(step, {k.removeprefix("eval_"): v for k, v in logs.items()}, "eval" if evaluation else "train")
     self._recorder.beat(step)
 
+# %% ../nbs/41_trainer.ipynb #81deffb8
+@patch
+def _steps_a_batch(self: TIRTrainer):
+    "Optimiser steps after which a batch and a step end together."
+    every = self.args.steps_per_generation * self.num_iterations
+    return every // math.gcd(every, self.args.gradient_accumulation_steps)
+
+@patch
+def _inside_a_batch(self: TIRTrainer, step):
+    "Whether a step ends inside a batch; every epoch begins with a new one."
+    every, accumulation = self.args.steps_per_generation * self.num_iterations, self.args.gradient_accumulation_steps
+    rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
+    parts = rows // (self.args.generation_batch_size // self.num_generations) * every   # of an epoch
+    return (step % math.ceil(parts / accumulation) if parts else step) * accumulation % every != 0
+
+@patch
+def _whole_checkpoint(self: TIRTrainer, given):
+    "The checkpoint to go on from; for True, the newest that lies between batches. Raises: ValueError where there are only others."
+    args, n = self.args, self._steps_a_batch()
+    batch = f"with steps_per_generation={args.steps_per_generation}, num_iterations={self.num_iterations} and gradient_accumulation_steps={args.gradient_accumulation_steps} batches end every {n} steps"
+    advice = f"set save_steps to a multiple of {n}, such as {math.ceil(max(args.save_steps, 1) / n) * n}"
+    if not given:
+        if n > 1 and args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % n:
+            warnings.warn(f"save_steps={args.save_steps:g} saves checkpoints inside a batch, from which training cannot go on: {batch}; {advice}.", stacklevel=3)
+        return given
+    step = lambda path: int(path.rpartition("-")[2])
+    inside = lambda path: path.rpartition("-")[2].isdigit() and self._inside_a_batch(step(path))
+    found = sorted((os.path.join(args.output_dir, f) for f in os.listdir(args.output_dir) if f.startswith("checkpoint-") and f[11:].isdigit()), key=step, reverse=True) if given is True else [given]
+    whole = [path for path in found if not inside(os.path.normpath(path))]
+    if found and not whole: raise ValueError(f"{found[0]} lies inside a batch, whose rollouts it does not hold: {batch}. Resume from a checkpoint at a multiple of {n}, and {advice}.")
+    if whole and whole[0] != found[0]: warnings.warn(f"{found[0]} lies inside a batch ({batch}), so training goes on from {whole[0]}; {advice}.", stacklevel=3)
+    return whole[0] if whole else given
+
 # %% ../nbs/41_trainer.ipynb #f9ab3b37
 @patch
 def train(self: TIRTrainer, resume_from_checkpoint=None, **kwargs):
     "TRL's, recorded in the run folder."
+    resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
     resume = bool(resume_from_checkpoint)
-    self._checked = False
+    self._checked, self._step, self._buffered_inputs = False, 0, None   # what is left of a batch belongs to the training before
     self._renew()
     if self.state.global_step and self.run_dir and not (resume or self._recorder): self.run_dir, self._rows_of_step = free_folder(self.run_dir), None
     with recording(self, resume, training=True): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
