@@ -8,20 +8,19 @@ __all__ = ['Rolling', 'tools_of_the_task', 'bring_tools']
 # %% ../nbs/40f_rolling.ipynb #4f81abc6
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import replace
 
 # %% ../nbs/40f_rolling.ipynb #61e1f2a3
 import torch
 from accelerate.utils import gather_object
 from fastcore.basics import patch
-from trl import GRPOTrainer
 
 # %% ../nbs/40f_rolling.ipynb #75a8abd8
 from .engines import EngineError, context_of
 from .config import rollout_limits
-from .environments import check_environment, environment_tools, offered_tools, reset_environment, reset_failed
-from .formats import make_format
+from .environments import check_environment, environment_tools, offered_tools, reset_environment
+from .formats import make_format, tool_schemas
+from .guards import check_asked, naming_the_row
 from .recording import step_on_record
 from .rollout import failing_tools, rollout_metrics, rollouts
 from .sampler import gathered, keep_up, make_engine, sampling_of, trl_engine
@@ -145,7 +144,8 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
 
 @patch
 def _first_turns(self: Rolling):
-    "What TRL takes for first turns: with tools stand-ins, since `_tool_call_loop` hands over the real ones."
+    "What TRL takes for first turns: with tools, or environments that reply, stand-ins, since `_tool_call_loop` hands over the real ones."
+    if not self.tools and any(hasattr(e, "_reply") for e in self.environments or []): self.tools = [tools_of_the_task]   # until `_generate` is done
     if self.tools: return [[self._tokenizer.eos_token_id]] * len(self._batch), None
     first = [t.turns[0].ids if t.turns else [self._tokenizer.pad_token_id] for t in self._batch]
     return first, _known(self._batch, first)
@@ -184,22 +184,6 @@ def _renew_environment(self: Rolling, i):
     "Reset the environment of a rollout that begins again, as TRL reset it."
     reset_environment(self.environments[i], {k: v for k, v in self._inputs[i].items() if not (self._multi_environment and k == "environment")}, i)
 
-@contextmanager
-def _named_reset():
-    "Name the row of the batch whose `reset` raises inside. Raises: ValueError."
-    try: yield
-    except Exception as e:
-        here = e.__traceback__
-        while here and here.tb_frame.f_code is not GRPOTrainer._generate_and_score_completions.__code__: here = here.tb_next
-        theirs = here.tb_frame.f_locals if here else {}
-        if "reset_kwargs" not in theirs or "images" in theirs: raise   # TRL was elsewhere
-        raise reset_failed(theirs["environment"], theirs["reset_kwargs"], theirs["i"], e) from e
-
-@patch
-def _generate_and_score_completions(self: Rolling, inputs):
-    "TRL's, which resets the environments; one that cannot be reset is named with its row."
-    with _named_reset(): return super(Rolling, self)._generate_and_score_completions(inputs)
-
 @patch
 def _retire_environments(self: Rolling):
     "Replace pooled environments in which a tool timed out."
@@ -220,9 +204,17 @@ class _Scored(Exception):
     "All that was wanted of TRL is known."
 
 @patch
+def _schemas(self: Rolling):
+    "What the model is told of each environment's tools, for TRL makes it anew for every row; None where there are no environments."
+    return {name: tool_schemas(tools) for name, tools in self._env_tools.items()} if self.environment_factories else None
+
+@patch
 def _generate(self: Rolling, prompts):
     "TRL's; while rows are only sampled, scores them and stops there."
-    out = super(Rolling, self)._generate(prompts)
+    check_asked(self._inputs, prompts)
+    tools, self._env_tools, told = self.tools, self._schemas(), getattr(self, "_env_tools", None)
+    try: out = super(Rolling, self)._generate(prompts)
+    finally: self.tools, self._env_tools = tools, told
     if self._sampling is None: return out
     self._calculate_rewards(self._sampling, prompts, out[3], out[1])
     raise _Scored
@@ -233,7 +225,8 @@ def _sample(self: Rolling, rows):
     kept, seen, self._sampling = self._metrics["train"], self.state.num_input_tokens_seen, rows
     self._inputs = rows
     self._metrics["train"] = defaultdict(list)
-    try: Rolling._generate_and_score_completions(self, rows)
+    try:
+        with naming_the_row(): super(Rolling, self)._generate_and_score_completions(rows)
     except _Scored: pass
     finally: logged, self._metrics["train"], self._sampling = self._metrics["train"], kept, None
     for name, values in logged.items():

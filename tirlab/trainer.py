@@ -22,6 +22,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 # %% ../nbs/41_trainer.ipynb #84a219db
 from .advantages import BY_TURN, spread_to_tokens
 from .batches import Batches, finite_rewards, task_name, total_rewards
+from .checks import check_arguments, check_batch, check_format, check_pattern, check_prompts, check_references, check_reset, saying_call_format
 from .collapse import CollapseMonitor
 from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
 from .continuous import fitting_engine
@@ -30,7 +31,8 @@ from .drift import assert_masks
 from .engines import context_of
 from .environments import check_tool
 from .filters import filtered_mask, loss_tokens, overlong, zero_variance
-from .formats import make_format, tool_schemas
+from .formats import make_format
+from .guards import guarded, naming_the_row
 from .objective import Objective
 from .interventions import Clamp, bounds_of, turn_states
 from .recording import UNSCORED, ZERO_VARIANCE, EmptySteps, OneHistory, free_folder, record_left_out, recording, row_fields, write_down
@@ -96,10 +98,13 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         supervision: list[Signal] | None = None,    # OffPolicy, Hints, Replay, AuxiliarySFT: rollouts that are shown, told or remembered
         **kwargs,                            # callbacks, optimizers, peft_config, ...: as for GRPOTrainer
     ):
-        args, rewards = args or TIRConfig(), reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        if not isinstance(args, TIRConfig): raise ValueError(f"args is a {type(args).__name__}; TIRTrainer takes a TIRConfig, which has all of GRPOConfig's arguments.")
-        if kwargs.get("rollout_func"): raise ValueError("rollout_func replaces the rollouts that TIRTrainer makes; use TRL's GRPOTrainer with it.")
+        args, model = args or TIRConfig(), os.fspath(model) if isinstance(model, os.PathLike) else model
+        check_arguments(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, tools, environment_factory, dict(interventions=interventions, supervision=supervision, **kwargs))
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         for dataset in (train_dataset, eval_dataset): check_columns(dataset, rewards, environment_factory)
+        check_batch(args, train_dataset, eval_dataset)
+        check_references(train_dataset, rewards)
+        check_pattern(args, train_dataset)
         for tool in tools or []: check_tool(tool)
         if args.trace and args.run_dir: check_folder(args.run_dir, resume=True)
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -110,16 +115,16 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         check_tokenizer(processing_class, name, talks or bool(tools or environment_factory))
         self.engine_name, self.schedule = engine_of(args)
         self._brings_tools = bring_tools(environment_factory)
-        with warnings.catch_warnings(), _nothing_left_behind(args.output_dir):
+        with warnings.catch_warnings(), _nothing_left_behind(args.output_dir), saying_call_format():
             warnings.filterwarnings("ignore", ".*environment_factory.*experimental")   # pinned, and held to TRL's behaviour by tests/test_parity.py
             with calls_as_text(processing_class) if args.call_format else nullcontext(): super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=[*(tools or []), tools_of_the_task] if self._brings_tools else tools,
                              environment_factory=environment_factory, **kwargs)
             self.engine_name = fitting_engine(self.engine_name, self.model)   # known only now
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
+            self._check_rollouts(train_dataset)
             self.supervision = supervision or []
             check_supervision(self.supervision, args, train_dataset, self.engine_name, context_of(self.model), self._tokenizer)
-            if self.environment_factories: self._env_tools = {name: tool_schemas(tools) for name, tools in self._env_tools.items()}   # TRL makes them anew for every row
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
         self._offset, self._total = 0, None   # steps done in earlier rounds, and in all rounds, where there are rounds
@@ -142,6 +147,18 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         self._watch = Watch(make_probe(args, markers), args, self._tokenizer.eos_token)
         if not isinstance(model, str) and self.ref_model is not None and not self.is_fsdp_enabled:   # TRL loads it from the disk, which knows nothing of what came before
             SyncRefModelCallback.sync_target_model(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model), 1.0)
+
+# %% ../nbs/41_trainer.ipynb #c4e1d0aa
+@patch
+def _check_rollouts(self: TIRTrainer, train_dataset):
+    "Refuse, before anything is sampled, what would end a rollout: rows that `reset` does not take, prompts and answers that cannot be rendered."
+    check_prompts(self.args, train_dataset, self.tools)
+    columns = getattr(train_dataset, "column_names", None)
+    environments = [pool[0] for pool in self._environment_pool.values()] if self.environment_factories else []
+    for environment in environments if columns else []: check_reset(environment, [c for c in columns if not (self._multi_environment and c == "environment")])
+    format = make_format(self.args.call_format, self._tokenizer, self.tools, self.chat_template, self.chat_template_kwargs, self.eos_token_ids)
+    check_format(format, any(hasattr(e, "_reply") for e in environments))
+
 
 # %% ../nbs/41_trainer.ipynb #aac08758
 @patch
@@ -186,7 +203,11 @@ def _calculate_rewards(self: TIRTrainer, inputs, prompts, completions, completio
     if self._filled:
         self._rewards = self._filled.scores
         return finite_rewards(self._rewards, self.reward_weights)
-    rewards = super(TIRTrainer, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+    functions = self.reward_funcs
+    try:
+        self.reward_funcs = [guarded(f, name) for f, name in zip(functions, self.reward_func_names)]
+        rewards = super(TIRTrainer, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+    finally: self.reward_funcs = functions
     failed = torch.tensor([not t.turns for t in self._batch], device=rewards.device)
     self._rewards = rewards.masked_fill(self.accelerator.gather(failed)[:, None], torch.nan)
     finite = finite_rewards(self._rewards, self.reward_weights)
@@ -226,7 +247,7 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     "TRL's batch, with the credit and without the tokens that the arguments say, and a number a row by which the loss finds its record."
     if self.model.training: self._take_bounds()
     self._inputs = inputs = self._choose(inputs)
-    output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
+    with naming_the_row(): output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
     if self.bounds: output["states"] = turn_states(self._batch, output["completion_ids"].shape[1], self.bounds).to(output["completion_mask"].device)
     if self._filled:   # TRL reset the environments once more
         for environment in self.environments or []: getattr(environment, "_close", lambda: None)()
