@@ -43,9 +43,10 @@ def prompts(
     "The prompts of a step."
     rows = []
     for (split, group), g in index.groupby([index.split.fillna("train"), "group"], sort=True):
-        known = g.reward.dropna()
+        known, finite = g.reward.dropna(), g.reward[g.reward.abs() < np.inf]
+        with np.errstate(over="ignore"): mean, spread = ((x if np.isfinite(x) else np.nan) for x in (finite.mean(), finite.std(ddof=0)))
         void = [is_void(k, s, d) for k, s, d in zip(g.turn_kinds, g.stop, g.dropped)]
-        rows.append({"split": split, "group": int(group), "task": g.task.iloc[0], "prompt": g.prompt.iloc[0], "n": len(g), "mean": known.mean(), "std": known.std(ddof=0), "best": known.max(),
+        rows.append({"split": split, "group": int(group), "task": g.task.iloc[0], "prompt": g.prompt.iloc[0], "n": len(g), "mean": mean, "std": spread, "best": known.max(),
                      "level": len(known) > 1 and known.nunique() == 1, "void": float(np.mean(void)), "turns": g.turns.mean(), "tokens": g.model_tokens.mean(),
                      "dropped": _words(list(g.dropped)), "marks": _words([MARKS.get(o) for o in g.origin])})
     return pd.DataFrame(rows, columns=["split", "group", "task", "prompt", "n", "mean", "std", "best", "level", "void", "turns", "tokens", "dropped", "marks"])

@@ -7,7 +7,7 @@ __all__ = ['FLOATS', 'TOKENS', 'ROWS_PER_GROUP', 'SCHEMA', 'TraceRow', 'trace_id
            'aggregates', 'control_aggregates', 'preview', 'prompt_preview', 'index_line']
 
 # %% ../nbs/30b_rows.ipynb #740dbe0c
-import os, re
+import math, os, re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../nbs/30b_rows.ipynb #589be825
-from .files import clean_text, plain
+from .files import as_float, clean_text, plain, writing
 
 # %% ../nbs/30b_rows.ipynb #27d1a285
 FLOATS = {"logprob": "float32", "entropy": "float16", "surprise": "float16", "sampling_logprob": "float32", "advantage": "float32"}
+_PLACE, _COUNTED = ("step", "iteration", "rank", "group"), ("scored_at", "calls", "failed_calls")
 TOKENS = {"ids": "int32", "mask": "int8", "turn": "int16"} | FLOATS   # dtype of each token column; `text` is the one of strings
 
 # %% ../nbs/30b_rows.ipynb #7db83855
@@ -32,21 +33,43 @@ def _clean(pieces) -> list[str]:
     return pieces
 
 def _settle(row) -> None:
-    "Bring the columns of a new row to their dtypes, and check their lengths."
+    "Bring the columns of a new row to their types, and check their lengths."
     put, n = lambda k, v: object.__setattr__(row, k, v), len(row.ids)
-    for name, dtype in TOKENS.items():
-        value = getattr(row, name)
-        put(name, np.full(n, np.nan, dtype) if value is None else np.asarray(value, dtype))
-    put("control", np.asarray(np.empty((n, 0)) if row.control is None else row.control, "float16").reshape(n, -1 if n else 0))
+    with np.errstate(over="ignore"):   # what a float32 cannot hold is infinite in it
+        for name, dtype in TOKENS.items():
+            value = getattr(row, name)
+            put(name, np.full(n, np.nan, dtype) if value is None else np.asarray(value, dtype))
+        put("control", np.asarray(np.empty((n, 0)) if row.control is None else row.control, "float16").reshape(n, -1 if n else 0))
     for name in ("text", "prompt_text"): put(name, _clean(getattr(row, name)))
-    for name in ("turn_kinds", "turn_rewards", "turn_advantages"): put(name, list(getattr(row, name)))
+    put("turn_kinds", list(row.turn_kinds or ()))
     put("prompt_ids", np.asarray(row.prompt_ids, "int32"))
-    put("rewards", dict(row.rewards or {}))
+    for name, value in _numbers(row).items(): put(name, value)
     for name in ("text", *TOKENS):
         if (length := len(getattr(row, name))) != n:
             raise ValueError(f"trajectory {row.id}: {name} has {length} entries, ids has {n}")
 
 # %% ../nbs/30b_rows.ipynb #fc2e6d6e
+def _number(v) -> float | None:
+    "A number of any library as a float; None stays None."
+    return None if v is None else as_float(v)
+
+def _count(v) -> int | None:
+    "A whole number of 64 bits; None for what is none."
+    v = v.item() if hasattr(v, "item") else v
+    whole = isinstance(v, int) or isinstance(v, float) and v.is_integer()
+    return int(v) if whole and -2**63 <= v < 2**63 else None
+
+def _numbers(row) -> dict:
+    "The numbers of a new row that are not of tokens. Raises: ValueError for text that is no number, and for a step that is no whole one."
+    numbers = {name: _count(getattr(row, name)) for name in _PLACE + _COUNTED}
+    if wrong := [name for name in _PLACE if numbers[name] is None]:
+        raise ValueError(f"trajectory {row.id}: {wrong[0]} is {getattr(row, wrong[0])!r}; give a whole number of 64 bits")
+    try:
+        numbers |= {name: _number(getattr(row, name)) for name in ("reward", "tool_seconds")}
+        numbers |= {name: [_number(v) for v in getattr(row, name) or ()] for name in ("turn_rewards", "turn_advantages")}
+        return numbers | {"rewards": {k: _number(v) for k, v in dict(row.rewards or {}).items()}}
+    except (ValueError, TypeError) as e: raise ValueError(f"trajectory {row.id}: a reward or a time is no number ({e}); give numbers, or None") from None
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TraceRow:
     "One trajectory as it is stored. Raises: ValueError, naming row and column, if a token column has another length than `ids`."
@@ -130,13 +153,17 @@ def write_parquet(
     floats = [f"{name}.list.element" for name in (*FLOATS, "control")]
     coded = [f"{name}.list.element" for name in ("ids", "text", "mask", "turn", "prompt_ids", "prompt_text")]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    table = to_table(rows)
     try:
-        pq.write_table(to_table(rows), temporary, row_group_size=ROWS_PER_GROUP, compression="zstd",
-                       use_dictionary=coded, write_statistics=False, column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats})
-        os.replace(temporary, path)
+        with writing(path):
+            pq.write_table(table, temporary, row_group_size=ROWS_PER_GROUP, compression="zstd",
+                           use_dictionary=coded, write_statistics=False, column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats})
+            os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/30b_rows.ipynb #61ba6fbc
+_MAY_BE_NONE = ("reward", "tool_seconds", *_COUNTED)   # not known; elsewhere what a foreign or older writer left empty is as if it were not there
+
 def read_row(
     path: Path,   # a file of `write_parquet`
     row: int,     # row number in it, from 0
@@ -144,24 +171,25 @@ def read_row(
     "Read one trajectory, and no more than its row group."
     table = pq.ParquetFile(path).read_row_group(row // ROWS_PER_GROUP).slice(row % ROWS_PER_GROUP, 1)
     values = {name: table[name][0] for name in table.column_names if name in SCHEMA.names}
+    values = {name: v for name, v in values.items() if v.is_valid or name in _MAY_BE_NONE}
     arrays = {name: v.values.to_numpy(zero_copy_only=False) for name, v in values.items() if name in TOKENS or name == "control"}
     others = {name: v.as_py() for name, v in values.items() if name not in arrays}
     return TraceRow(**others | arrays)
 
 # %% ../nbs/30b_rows.ipynb #22a5707f
 def _mean(x: np.ndarray) -> float | None:
-    "Mean of what was measured, None where nothing was."
+    "Mean of what was measured and is finite, None where nothing is."
     x = np.asarray(x, "float64")
-    x = x[~np.isnan(x)]
+    x = x[np.isfinite(x)]
     return round(float(x.mean()), 6) if len(x) else None
 
 def aggregates(
     row: TraceRow,   # one trajectory
 ) -> dict:           # names -> numbers, None where nothing was measured
-    "What the columns of a trajectory come to, over the tokens the model wrote."
+    "What the columns of a trajectory come to, over the tokens the model wrote; infinite values stay in their columns and are left out here."
     wrote = row.mask == 1
     means = {f"mean_{name}": _mean(getattr(row, name)[wrote]) for name in FLOATS}
-    lowest = row.logprob[wrote & ~np.isnan(row.logprob)]
+    lowest = row.logprob[wrote & np.isfinite(row.logprob)]
     return {"tokens": len(row.ids), "model_tokens": int(wrote.sum()), "prompt_tokens": len(row.prompt_ids), "turns": len(row.turn_kinds),
             "min_logprob": round(float(lowest.min()), 6) if len(lowest) else None, **means}
 
@@ -176,6 +204,7 @@ def control_aggregates(
     at = np.flatnonzero((row.mask == 1) & ~np.isnan(row.control).all(1))
     if not len(at): return {"control_mean": None, "control_peak": None}
     p, text = np.exp(row.control[at].astype("float32")).T, np.array(row.text, object)[at]
+    p = np.where(np.isfinite(p), p, np.nan)
     elsewhere = [~np.isnan(x) & (text != name) for x, name in zip(p, names if len(names) == len(p) else [None] * len(p))]
     peaks = [np.where(there, x, -1).argmax() if there.any() else None for x, there in zip(p, elsewhere)]
     return {"control_mean": [_short(np.nanmean(x)) if (x == x).any() else None for x in p],
