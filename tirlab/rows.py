@@ -89,6 +89,7 @@ class TraceRow:
     reward: float | None = None         # total reward; None if no function gave one
     rewards: dict | None = None         # reward function -> float or None
     answer: str | None = None           # reference answer of the task row
+    notes: str | None = None            # further fields of an imported record, as JSON
     stop: str = ""                      # why it ended: answer | length | max_turns | context | malformed | ...
     turn_kinds: list[str] = ()          # of each turn: tool_call | response | text_pollution | collapsed
     turn_rewards: list[float] = ()      # of each turn
