@@ -1041,6 +1041,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'tirlab.rows.read_row': ('rows.html#read_row', 'tirlab/rows.py'),
                              'tirlab.rows.to_table': ('rows.html#to_table', 'tirlab/rows.py'),
                              'tirlab.rows.trace_id': ('rows.html#trace_id', 'tirlab/rows.py'),
+                             'tirlab.rows.unit_of': ('rows.html#unit_of', 'tirlab/rows.py'),
                              'tirlab.rows.write_parquet': ('rows.html#write_parquet', 'tirlab/rows.py')},
             'tirlab.run_plots': { 'tirlab.run_plots._band': ('run_plots.html#_band', 'tirlab/run_plots.py'),
                                   'tirlab.run_plots._both': ('run_plots.html#_both', 'tirlab/run_plots.py'),
