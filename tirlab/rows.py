@@ -7,7 +7,7 @@ __all__ = ['FLOATS', 'TOKENS', 'ROWS_PER_GROUP', 'SCHEMA', 'TraceRow', 'unit_of'
            'read_row', 'aggregates', 'control_aggregates', 'preview', 'prompt_preview', 'index_line']
 
 # %% ../nbs/30b_rows.ipynb #740dbe0c
-import math, os, re
+import os, re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
