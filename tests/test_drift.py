@@ -15,14 +15,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from tirlab import scripted
 from tirlab.drift import MaskError, assert_masks, drift_check, drift_check_model, loss_tensors, usable_format
 from tirlab.scripted import play, respell, scripts
-from tirlab.formats import ChatFormat
+from tirlab.formats import ChatFormat, make_format
 from tirlab.tiny import tiny_policy
 from tirlab.trajectory import StopReason, Trajectory, Turn, TurnKind
 
 TEMPLATES = Path(trl_templates.__file__).parent / "chat_templates"
-NO_TOOLS = "The chat template of this tokenizer cannot render tool calls and their answers; write them as text, e.g. in format json."
-NO_PARSER = "How this tokenizer writes calls is not known to TRL; set tokenizer.response_template, or write them as text, e.g. in format json."
-NO_TEXT = "The chat template of this tokenizer cannot render a conversation of plain text; use another template."
+NO_TOOLS = "The chat template of this tokenizer cannot render tool calls and their answers; write them as text, e.g. call_format='json', or pass another chat_template=."
+NO_PARSER = "How this tokenizer writes calls is not known to TRL; set tokenizer.response_template, or write them as text, e.g. call_format='json'."
+NO_TEXT = "The chat template of this tokenizer cannot render a conversation of plain text; pass another one as chat_template=."
 NO_PREFIX = "renders earlier messages anew when an answer follows"
 REPAIRED = "passes with TRL's training template"
 
@@ -43,7 +43,6 @@ OUTCOME = {   # what becomes of each template TRL ships, with its own calls
         muse_glimmer muse_glimmer_training""".split(), NO_PARSER),
 }
 AS_TEXT = {   # what becomes of them with calls as plain text; the others pass
-    **dict.fromkeys("gptoss gptoss_training phi3 phi3_training phi3_5 phi3_5_training qwen3".split(), NO_PREFIX),
     **dict.fromkeys("llava_next llava_next_training".split(), NO_TEXT),
 }
 ENDS = {   # family -> tokens that end a turn, the tokenizer's first; ChatML's for the rest
@@ -132,9 +131,8 @@ def test_templates_of_one_call_say_so(name):
 def test_what_is_odd_is_noted():
     notes = {name: " ".join(drift_check(usable(name)).notes) for name in ("qwen2_5", "qwen3_5_think", "glm4moe", "lfm2_v2")}
     assert notes["qwen2_5"] == ""
-    assert "spaces: The arguments {'code': '  if 1:" in notes["qwen3_5_think"] and "are read back as {'code': 'if 1:" in notes["qwen3_5_think"]
+    assert notes["qwen3_5_think"] == notes["lfm2_v2"] == ""     # spaces at the ends of a text, a quote inside a quote
     assert "'<|observation|>' ends a turn and stands again before the tool's answer" in notes["glm4moe"]
-    assert "are read back as {'code': 'print(" in notes["lfm2_v2"]     # a quote inside a quote
 
 
 # --- templates and checkpoints that must be refused
@@ -165,11 +163,11 @@ def test_ends_come_from_the_generation_config(tmp_path):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (dict(chat_template=None), "has no chat template; use its instruct version, or set tokenizer.chat_template."),
+    (dict(chat_template=None), "has no chat template; use its instruct version, or pass chat_template=."),
     (dict(eos_token=None), "has no end-of-turn token; set tokenizer.eos_token to what its chat template ends a turn with."),
-    (dict(chat_template="{{ messages[0].content }}"), "cannot render tool calls and their answers; write them as text, e.g. in format json."),
+    (dict(chat_template="{{ messages[0].content }}"), "cannot render tool calls and their answers; write them as text, e.g. call_format='json'"),
     (dict(response_template=None, chat_template=Path(TEMPLATES / "qwen2_5.jinja").read_text() + " "), "is not known to TRL"),
-    (dict(chat_template="{{ messages | length }}" + Path(TEMPLATES / "qwen2_5.jinja").read_text()), "TRL has no repair for it; use a prefix-preserving one."),
+    (dict(chat_template="{{ messages | length }}" + Path(TEMPLATES / "qwen2_5.jinja").read_text()), "TRL has no repair for it; pass a prefix-preserving one as chat_template=."),
 ])
 def test_refusals_are_one_sentence(tmp_path, change, sentence):
     tok = tokenizer("qwen2_5")
@@ -238,7 +236,7 @@ def test_a_wrong_mask_in_the_trajectory_is_found(monkeypatch):
 def test_a_parser_that_does_not_fit_is_found():
     tok = tokenizer("qwen2_5")
     tok.response_template = tokenizer("qwen3_5_think").response_template
-    report = drift_check(ChatFormat(tok), {"one call": scripts("<|im_end|>")["one call"]})
+    report = drift_check(make_format(None, tok, []), {"one call": scripts("<|im_end|>")["one call"]})
     assert not report.ok and "1 calls were written and 0 read" in report.problems[0]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +16,14 @@ from tirlab.config import TIRConfig
 from tirlab.losses import token_weights
 from tirlab.rewards import answer_reward
 from tirlab.interleave import OnAlarm
-from tirlab.presets import PRESETS, preset, preset_plan, preset_trainer, read_settings, train_config, train_preset
+from tirlab.effects import Effects, looked_at
+from tirlab.presets import PRESETS, arguments_of, preset, preset_plan, preset_sets, preset_trainer, rate_line, read_settings, train_config, train_preset, trainer_arguments
 from tirlab.recipes import RewardBar
 from tirlab.writers import EndpointWriter
+from tirlab.tiny import tiny_policy
 from tirlab.traces import open_run
 
+ROOT = Path(__file__).parent.parent
 SMALL = dict(max_steps="3", num_generations="4", per_device_train_batch_size="8", steps_per_generation="1", max_completion_length="96", max_turn_length="48", n="8", level="1",
              learning_rate="1e-4", save_strategy="no", report_to="none")
 
@@ -181,7 +185,7 @@ def test_ops_shows_one_and_hbg_tells_two(name, origins, tmp_path):
 
 
 def test_rounds_are_the_papers():
-    ets, prs, first, ours = (preset_plan({"recipe": n}) for n in ("tool_rl_box/ets", "tool_rl_box/prs", "tool_rl_box/sft_rl", "adaptive"))
+    ets, prs, first, ours = (preset_plan({"recipe": n, "model": "some/model"}) for n in ("tool_rl_box/ets", "tool_rl_box/prs", "tool_rl_box/sft_rl", "adaptive"))
     assert ets.rounds == prs.rounds == [50, 100, 150] and first.rounds == [0, 300] and ours.rounds == OnAlarm(300)
     for plan, epochs in ((ets, 2), (prs, 2), (first, 3)):
         assert plan.sft["per_device_train_batch_size"] * plan.sft["gradient_accumulation_steps"] == 128 and plan.sft["learning_rate"] == 1e-5 and plan.sft["num_train_epochs"] == epochs
@@ -264,7 +268,7 @@ def test_what_is_typed_wins_over_the_file_and_the_file_over_the_preset(tmp_path)
     (["n=few"], "n='few' is not a whole number from 1 to 100000."),
     (["level=99"], "level='99' is not a whole number from 1 to 10."),
     (["tasks=chess"], "Unknown task family 'chess'"),
-    (["config=/nowhere.yaml"], "No such file"),
+    (["config=/nowhere.yaml"], "/nowhere.yaml: No such file"),
     (["rounds=[2,2]"], "Recipe 'gtpo' has no rounds of supervised training, so rounds has no meaning"),
     (["sft_learning_rate=1"], "so sft_learning_rate has no meaning"),
     (["recipe=tool_rl_box/ets", "max_steps=3"], "give their steps, such as rounds=[4,6,8]."),
@@ -295,6 +299,95 @@ def test_train_from_the_command_line(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     folder = next(line for line in out.splitlines() if line.startswith("Run folder: ")).removeprefix("Run folder: ")
     assert open_run(folder).meta()["config"]["advantage"] == "gtpo" and folder.startswith("runs")
+
+
+# ---- whose learning rate, and what had an effect
+
+
+@pytest.mark.parametrize("given,rate,said", [
+    (dict(recipe="simpletir"), 3e-4, "at which the tiny policy was seen to learn; 1e-06, of SimpleTIR, is for Qwen2.5-7B."),
+    (dict(recipe="gtpo"), 3e-4, "at which the tiny policy was seen to learn."),
+    (dict(recipe="empo"), 3e-5, "at which the tiny policy was seen to learn."),
+    (dict(recipe="simpletir", model=tiny_policy()), 3e-4, "at which the tiny policy"),
+    (dict(recipe="simpletir", model="some/model"), 1e-6, "of SimpleTIR, for Qwen2.5-7B; set another with learning_rate="),
+    (dict(recipe="gtpo", model="some/model"), 1e-6, "TRL's default, since the recipe gives none; set another"),
+    (dict(recipe="simpletir", learning_rate="1e-5"), 1e-5, "yours."),
+    (dict(recipe="simpletir", learning_rate="1e-5", model="some/model"), 1e-5, "yours."),
+])
+def test_the_rate_belongs_to_a_model_and_the_users_wins(given, rate, said):
+    args = train_config(arguments_of(given), **preset_sets(given))
+    assert args.learning_rate == rate and rate_line(given, args).startswith(f"Learning rate: {rate:g}, ") and said in rate_line(given, args)
+
+
+def test_a_rate_from_a_paper_says_for_which_model():
+    assert {n for n, p in PRESETS.items() if ("learning_rate" in p.sets) != bool(p.rate_for)} == set()
+
+
+def test_supervised_training_of_the_tiny_policy_has_its_rate_too():
+    rates = [preset_plan(dict(recipe="tool_rl_box/ets") | more).sft["learning_rate"] for more in ({}, {"model": "some/model"}, {"sft_learning_rate": "1e-6"})]
+    assert rates == [3e-4, 1e-5, 1e-6]
+
+
+def test_every_recipe_was_seen_to_learn():
+    kept = json.loads((ROOT / "nbs/experiments/results/recipes.json").read_text())["recipes"]
+    assert kept.keys() == PRESETS.keys()
+    for name, m in kept.items():
+        assert m["learning_rate"] == preset_sets(dict(recipe=name))["learning_rate"] and m["after"] > m["before"] + 0.05, name
+
+
+def test_train_says_whose_rate_it_is_and_what_had_no_effect(tmp_path, capsys):
+    "Continuous rewards are never equal; nobody says a confidence; one update a batch clips nothing; the run is over before the first reset. What acted is not named."
+    t = train_preset(SMALL | dict(recipe="rlcr", min_reward_std="1e-9", mask_truncated_completions="true", reset_optimizer_steps="50", epsilon="0.2", max_completion_length="96", max_turn_length="96", output_dir=str(tmp_path)))
+    lines = capsys.readouterr().out.splitlines()
+    assert "Learning rate: 0.0001, yours." in lines
+    assert "epsilon=0.2 will have no effect: each batch is learnt in one update, where probability ratios are 1; steps_per_generation=4 cuts it into four." in lines
+    assert "reset_optimizer_steps=50 will have no effect: the run has 3 steps." in lines
+    assert "rlcr_reward will have no effect: no prompt asks for a <confidence>, and without one it orders rollouts as plain correctness does." in lines
+    logged = [m for m in t.state.log_history if "effect/mask_truncated_completions" in m]
+    assert len(logged) == 3
+    cut = sum(m["effect/mask_truncated_completions"] for m in logged)
+    assert any(line.startswith("mask_truncated_completions=True had no effect in 3 steps: none of 24 rollouts was cut off") for line in lines) == (cut == 0)
+
+
+@pytest.mark.parametrize("options,wanted", [
+    (dict(void_filter="trajectory"), ["void_filter='trajectory' had no effect in 1 steps: none of 8 rollouts has a void turn, for without an answer_pattern any text is an answer."]),
+    (dict(void_filter="trajectory", answer_pattern="85"), []),
+    (dict(min_reward_std=1e-3), ["min_reward_std=0.001 had no effect in 1 steps: none of 2 groups varies less."]),
+    (dict(accuracy_band=[0.3, 1.0]), []),
+    (dict(code_shaping=0.5), []),
+    (dict(replay_successes=2), ["replay_successes=2 had no effect in 1 steps: none of 8 rollouts is an old success."]),
+    (dict(mask_truncated_completions=True), ["mask_truncated_completions=True had no effect in 1 steps: none of 8 rollouts was cut off by a limit."]),
+    (dict(advantage="gtpo", gamma=0.9), []),
+])
+def test_options_without_effect_are_named_and_others_are_not(options, wanted, tmp_path, monkeypatch):
+    "Two groups of four, each with successes and failures; rollouts of several turns, all of which end."
+    t = trainer(tmp_path, monkeypatch, scripts=[[call("37+48"), "85"], [call("37+49"), "86"]] * 2, rewards=rewards, num_generations=4, trace=False, **options)
+    effects = Effects(t, looked_at(options))
+    t.add_callback(effects)
+    t.train()
+    assert effects.sentences() == wanted and effects.rollouts == 8
+
+
+def test_groups_that_were_left_out_before_the_batch_count(tmp_path, monkeypatch):
+    "Sampled again, the batch has no group of equal rewards, and the filter has done its work all the same."
+    seen = iter([[1.0] * 4 + [1.0, 0.0] * 2, *[[1.0, 0.0] * 4] * 9])
+    t = trainer(tmp_path, monkeypatch, rewards=lambda completions, **kwargs: next(seen)[:len(completions)], num_generations=4, trace=False, min_reward_std=1e-3, oversample=1.0, oversample_rounds=3)
+    effects = Effects(t, looked_at(dict(min_reward_std=1e-3, oversample=1.0)))
+    t.add_callback(effects)
+    t.train()
+    assert effects.counts == {"min_reward_std": 1, "oversample": 1} and effects.sentences() == []
+
+
+# ---- settings that go to the trainer
+
+
+def test_chat_template_and_call_format_reach_the_trainer(tmp_path):
+    "A file, or the text; without one the trainer is asked for none."
+    (tmp_path / "my template.jinja").write_text("{{ messages }}")
+    for said, wanted in ((str(tmp_path / "my template.jinja"), "{{ messages }}"), ("{% if messages %}{% endif %}", "{% if messages %}{% endif %}"), ("null", None), (None, None)):
+        given = read_settings([f"output_dir={tmp_path}", "call_format=xml"] + ([f"chat_template={said}"] if said else []))
+        arguments = trainer_arguments(given)
+        assert arguments.get("chat_template") == wanted and ("chat_template" in arguments) == (wanted is not None) and arguments["args"].call_format == "xml"
 
 
 # ---- going on

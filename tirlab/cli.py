@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STACK', 'OPTIONAL', 'BENCHES', 'installed', 'check_stack', 'doctor', 'demo', 'train', 'evaluation', 'app', 'drift',
-           'sandbox', 'bench', 'parser', 'main']
+           'sandbox', 'bench', 'Parser', 'count', 'port', 'parser', 'main']
 
 # %% ../nbs/51_cli.ipynb #7ed99d55
 import argparse, importlib, importlib.metadata, inspect, json, os, platform, sys
@@ -95,12 +95,11 @@ def evaluation(
     "Evaluate a checkpoint or an endpoint, or compare two evaluations."
     from tirlab.engines import EngineError
     from tirlab.eval_results import result_table
-    from tirlab.eval_settings import eval_folder, read_eval_settings, run_eval, settings_text
+    from tirlab.eval_settings import read_eval_settings, run_eval, settings_text
     if args.settings[:1] == ["settings"]: print(settings_text()); return 0
     if args.settings[:1] == ["compare"]: return _compare(args)
     what = read_eval_settings(args.settings)
-    print(f"Run folder: {eval_folder(what)}\nThe same line goes on where it was stopped.", file=sys.stderr)
-    try: result = run_eval(what)
+    try: result = run_eval(what, lambda path: print(f"Run folder: {path}\nRe-run this command to resume.", file=sys.stderr))
     except EngineError as e: raise ValueError(str(e)) from None
     print(f"{result_table(result)}\nLook at it:  tirlab app {result['run_dir']}", file=sys.stderr if args.json else sys.stdout)
     if args.json: print(json.dumps(result, default=str))
@@ -126,12 +125,15 @@ def app(
 
 # %% ../nbs/51_cli.ipynb #26885462
 def drift(
-    args: argparse.Namespace,   # model, format
+    args: argparse.Namespace,   # model, format, chat_template
 ) -> int:                       # exit status: 0, or 1 where tokens would differ
     "Check a model's tokenizer and chat template for multi-turn training."
     from tirlab.drift import drift_check_model
+    from tirlab.presets import check_model, template_text
     from tirlab.tiny import tiny_policy
-    report = drift_check_model(args.model or tiny_policy(), args.format)
+    template = {"chat_template": template_text(args.chat_template)} if args.chat_template else {}
+    if args.model and not os.path.exists(os.path.join(args.model, "tokenizer_config.json")): check_model(args.model)   # a tokenizer is enough
+    report = drift_check_model(args.model or tiny_policy(), args.format, **template)
     print(report)
     return int(not report.ok)
 
@@ -163,19 +165,38 @@ def bench(
     return 0
 
 # %% ../nbs/51_cli.ipynb #fa4ade27
+class Parser(argparse.ArgumentParser):
+    "argparse's, which says in one line what is wrong."
+    def error(self, message): self.exit(2, f"tirlab: {message.replace('argument ', '', message.startswith('argument --'))}. See {self.prog} --help.\n")
+
+def count(
+    text: str,   # as typed
+) -> int:
+    "A whole number from 1 on. Raises: argparse.ArgumentTypeError."
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= 10**9: return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {10**9}")
+
+def port(
+    text: str,   # as typed
+) -> int:
+    "A port, 0 for a free one. Raises: argparse.ArgumentTypeError."
+    if text.isascii() and text.isdigit() and int(text) <= 65535: return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port, a whole number from 0 (a free one) to 65535")
+
+# %% ../nbs/51_cli.ipynb #11a639f2
 def parser() -> argparse.ArgumentParser:
     "Arguments of the command line."
-    p = argparse.ArgumentParser("tirlab", description="Train language models in multi-turn tool-integrated reasoning, and see why it collapses.")
+    p = Parser("tirlab", description="Train language models in multi-turn tool-integrated reasoning, and see why it collapses.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     d = commands.add_parser("demo", help="train a tiny policy on this machine and look at what it learnt")
-    d.add_argument("--steps", type=int, default=30, help="optimiser steps (30)")
+    d.add_argument("--steps", type=count, default=30, help="optimiser steps (30)")
     d.add_argument("--advantage", choices=["grpo", "gtpo"], default="gtpo", help="credit given to rollouts or to turns (gtpo)")
     d.add_argument("--seed", type=int, default=0, help="same seed, same figures on a CPU (0)")
     d.add_argument("--out", help="run folder to write (a new one in runs/)")
     d.add_argument("--json", action="store_true", help="end with one JSON object of figures on standard output")
     d.set_defaults(function=demo)
     t = commands.add_parser("train", help="train a published recipe: recipe=NAME model=PATH tasks=FAMILY key=value ...")
-    t.add_argument("settings", nargs="*", metavar="key=value", help="recipe (gtpo), model (the tiny policy), tasks: arithmetic, lookup, repair or all (arithmetic), level, n (256 tasks), "
+    t.add_argument("settings", nargs="*", metavar="key=value", help="recipe (gtpo), model (the tiny policy), tasks: arithmetic, lookup, repair or all (arithmetic), level, n (256 tasks), chat_template=FILE.jinja, "
                    "config=FILE with the same in YAML, and any argument of TIRConfig, e.g. max_steps=100; for recipes with rounds of supervised training rounds=[50,100,150], failed_rule, "
                    "writer_url and writer_model, and sft_... for any argument of SFTConfig")
     t.add_argument("--resume", action="store_true", help="go on with the run in output_dir, from its last checkpoint, with the settings that it was begun with")
@@ -187,23 +208,24 @@ def parser() -> argparse.ArgumentParser:
     e.set_defaults(function=evaluation)
     a = commands.add_parser("app", help="browse a run folder, also while it is being written")
     a.add_argument("run", metavar="RUN", nargs="+", help="run folder; with several the first is shown first, and Compare lays them over one another")
-    a.add_argument("--port", type=int, help="port on this machine (a free one)")
+    a.add_argument("--port", type=port, help="port on this machine (a free one)")
     a.set_defaults(function=app)
     add_trace_commands(commands)
     c = commands.add_parser("drift-check", help="prove that the loss sees the tokens that were sampled, for a model and a call format")
     c.add_argument("--model", help="name or folder of a checkpoint (the tiny policy)")
     c.add_argument("--format", choices=["chat", "json", "xml", "fenced", "list"], default="chat", help="how calls are written (chat: the template's own way)")
+    c.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the model's own, or its text")
     c.set_defaults(function=drift)
     s = commands.add_parser("sandbox", help="serve: run code for other machines, in SandboxFusion's protocol")
     s.add_argument("action", choices=["serve"])
     s.add_argument("--host", default="127.0.0.1", help="address (127.0.0.1); any other wants a token in TIRLAB_SANDBOX_TOKEN")
-    s.add_argument("--port", type=int, default=8080, help="port, 0 for a free one (8080)")
+    s.add_argument("--port", type=port, default=8080, help="port, 0 for a free one (8080)")
     s.add_argument("--isolation", choices=["process", "locked", "namespaced"], help="level (locked)")
     s.set_defaults(function=sandbox)
     b = commands.add_parser("bench", help="measure tirlab against TRL, side by side")
     b.add_argument("name", choices=BENCHES, metavar="NAME", help=", ".join(BENCHES))
-    b.add_argument("--n", type=int, help="trajectories in a batch (64); bfcl: tasks (800)")
-    b.add_argument("--repeats", type=int, help="pairs of measurements; the median is reported (5)")
+    b.add_argument("--n", type=count, help="trajectories in a batch (64); bfcl: tasks (800)")
+    b.add_argument("--repeats", type=count, help="pairs of measurements; the median is reported (5)")
     b.add_argument("--schedule", choices=["turn", "eager"], help="of tirlab's rollouts (eager)")
     b.add_argument("--engine", choices=["generate", "continuous"], help="of tirlab's rollouts (generate)")
     b.add_argument("--shape", choices=["tiny", "0.5b"], help="of the policy (engines, probe, trace: tiny)")
@@ -212,15 +234,34 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help="what this machine can do, and what is missing").set_defaults(function=lambda args: doctor())
     return p
 
-# %% ../nbs/51_cli.ipynb #11a639f2
+# %% ../nbs/51_cli.ipynb #562cf945
+def _arguments(argv):
+    "What was typed; words of settings may also stand behind an option."
+    p = parser()
+    args, more = p.parse_known_args(argv)
+    if more and (not hasattr(args, "settings") or any(w.startswith("-") for w in more)): p.error(f"unrecognized arguments: {' '.join(more)}")
+    if more: args.settings += more
+    return args
+
+def _sentence(error):
+    "What went wrong, in one line, with the file that it is about."
+    if isinstance(error, OSError) and error.strerror and error.filename is not None: return f"{error.filename}: {error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
+
 def main(
     argv: list[str] | None = None,   # arguments; None takes the process's
-) -> int:                            # exit status: 0, 1 from doctor, 2 for bad input, 130 when interrupted
+) -> int:                            # exit status: 0, 1 from doctor or where nobody reads on, 2 for bad input, 130 when interrupted
     "Run a command; bad input becomes one line."
     from tirlab.traces import RunError
-    args = parser().parse_args(argv)
-    try: return args.function(args)
-    except (RunError, ValueError, OSError) as e: print(f"tirlab: {e}", file=sys.stderr); return 2
+    try:
+        args = _arguments(argv)
+        status = args.function(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:   # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (RunError, ValueError, OSError, ImportError) as e: print(f"tirlab: {_sentence(e)}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("tirlab: interrupted; a run folder that was begun can be opened as it is: tirlab app RUN; training goes on with --resume", file=sys.stderr); return 130
 
 # %% ../nbs/51_cli.ipynb #49efb39c

@@ -7,7 +7,7 @@ __all__ = ['CHOICES', 'SignalConfig', 'PromptConfig', 'TIRConfig', 'engine_of', 
            'check_tokenizer', 'check_budget']
 
 # %% ../nbs/40_config.ipynb #51c6ddc4
-import inspect, re
+import inspect, re, warnings
 from dataclasses import dataclass, field, fields
 from numbers import Number
 from typing import Any, Callable, get_args
@@ -186,13 +186,12 @@ def _check_types(args):
 
 # %% ../nbs/40_config.ipynb #0442c133
 def _check_filter(args):
-    "Raise ValueError where a filter would look at log-probabilities that these arguments never compute."
-    engine = engine_of(args)[0]
-    corrected = args.use_vllm and args.vllm_importance_sampling_correction
-    before = corrected or args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0   # as TRL decides it
-    if args.void_filter == "high_ratio" and (not before or engine == "trl" and not args.use_vllm):
-        raise ValueError("void_filter='high_ratio' compares the sampler's log-probabilities with the trainer's before the step, which these arguments never compute; use vLLM with vllm_importance_sampling_correction.")
-    if args.void_filter == "low_prob" and engine == "trl" and not (args.use_vllm or before):
+    "Raise ValueError where a filter would look at log-probabilities that these arguments never compute; warn where it could drop nothing."
+    several = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0   # steps a batch, as TRL decides it
+    if args.void_filter == "high_ratio" and not several:
+        warnings.warn("void_filter='high_ratio' compares the policy with the one before the step, and these arguments make one step of each batch, where the ratio is always 1: "
+                      "set num_iterations=2 or more, or steps_per_generation above gradient_accumulation_steps.", stacklevel=4)
+    if args.void_filter == "low_prob" and engine_of(args)[0] == "trl" and not (args.use_vllm or several):
         raise ValueError("void_filter='low_prob' needs the sampler's log-probabilities, which TRL's transformers sampler does not give; choose engine='generate'.")
 
 # %% ../nbs/40_config.ipynb #4a309397

@@ -18,7 +18,7 @@ from .calls import RolloutLimits
 from .engines import EngineError, Sampled, Sampling
 from .formats import ChatFormat, TextFormat
 from .rollout import open_row, rollouts
-from .syntax import syntax_of
+from .families import syntax_of
 from .trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory
 
 # %% ../nbs/11b_demonstrations.ipynb #fa37f937
@@ -76,7 +76,7 @@ def _text_ids(text, format):
     "A text as a turn."
     return format.tokenizer.encode(text, add_special_tokens=False) + [(format.end_tokens or [format.tokenizer.eos_token_id])[0]]
 
-def _said_ids(text, format): return turn_ids({"role": "assistant", "content": text}, format) or _text_ids(text, format)
+def _said_ids(text, format): return turn_ids({"role": "assistant", "content": text}, format) or _text_ids(format.past_thought(text), format)
 
 # %% ../nbs/11b_demonstrations.ipynb #c5cd6bc7
 def _alike(meant, read):

@@ -7,10 +7,10 @@ __all__ = ['Difference', 'compare', 'loss_tensors', 'MaskError', 'assert_masks',
            'DriftReport', 'drift_check', 'usable_format', 'drift_check_model']
 
 # %% ../nbs/11a_drift.ipynb #17dc4790
-import copy, random
+import random
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
-from functools import partial
+from types import SimpleNamespace
 from typing import Any, Callable
 
 # %% ../nbs/11a_drift.ipynb #3a758407
@@ -19,11 +19,12 @@ from fastcore.basics import patch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
-from trl.chat_template_utils import add_response_schema, get_training_chat_template, is_chat_template_prefix_preserving, supports_tool_calling
 
 # %% ../nbs/11a_drift.ipynb #328c8e55
+from .chat_templates import check_template
 from .formats import ChatFormat, TextFormat, make_format
-from .scripted import NotWritten, play, scripts, written_calls
+from .observations import control_tokens
+from .scripted import NotWritten, play, scripts, turn_ids, written_calls
 from .trajectory import StopReason, ToolResult, Trajectory
 
 # %% ../nbs/11a_drift.ipynb #715eb3e4
@@ -145,6 +146,27 @@ def _odd(played, conversation, format):
     twice = next((t.ids[-1] for t in played.trajectory.turns if t.observation_ids[:1] == t.ids[-1:]), None)
     if twice is not None: yield f"{format.tokenizer.decode([twice])!r} ends a turn and stands again before the tool's answer, as in TRL."
 
+# %% ../nbs/11a_drift.ipynb #d1798909
+def _behind(format):
+    "What is put behind a turn beside an answer and the template's tokens, one sentence each."
+    tok = format.tokenizer
+    controls = control_tokens(tok, format.chat_template)
+    ids, spelled = tok.convert_tokens_to_ids(controls), " ".join(controls)
+    for ended in (True, False):
+        plain, evil = (format.observe([ToolResult("python", answer)], ended) for answer in ("85", f"85 {spelled}"))
+        if "dummy" in tok.decode(plain): yield f"Behind a turn that {'ended' if ended else 'was cut'} stands what nobody said: {tok.decode(plain)!r}."
+        made = next((t for t, i in zip(controls, ids) if evil.count(i) > plain.count(i)), None)
+        if made: yield f"{made!r} in a tool's answer becomes a control token: the chat template renders an answer in a way that cannot be taken apart."
+
+def _cut(format):
+    "Calls that are read in a turn that was cut within its call, one sentence each."
+    message = scripts("")["one call"][1]
+    try: turn, prompt = turn_ids(format, message), format.prompt([{"role": "user", "content": "dummy"}])
+    except NotWritten: return
+    whole = format.parse(turn, prompt)[1]
+    read = next((calls for n in range(1, len(turn)) if (calls := format.parse(turn[:n], prompt)[1]) and calls != whole), None)
+    if read: yield f"A call that was cut is read as {read[0]}."
+
 # %% ../nbs/11a_drift.ipynb #c1fe56ac
 @dataclass(frozen=True)
 class Row:
@@ -204,19 +226,8 @@ def drift_check(
             rows.append(Row(name, spelling, len(played.ids), sum(played.mask), encoded_again(format, t), rendered_again(format, talk[:start], t)))
             problems += [f"{name}, {spelling} spelling: {w}" for w in _wrong(played, talk, format)]
             for odd in _odd(played, talk, format) if spelling == "own" else []: notes.setdefault(odd, []).append(name)
+    problems += [*_behind(format), *_cut(format)]
     return DriftReport(rows, problems + ["No script could be played."] * (not rows), [f"{', '.join(names)}: {note}" for note, names in notes.items()])
-
-# %% ../nbs/11a_drift.ipynb #71ccb40b
-_REFUSED = {
-    "template": "{} has no chat template; use its instruct version, or set tokenizer.chat_template.",
-    "end": "{} has no end-of-turn token; set tokenizer.eos_token to what its chat template ends a turn with.",
-    "tools": "The chat template of {} cannot render tool calls and their answers; write them as text, e.g. in format json.",
-    "parser": "How {} writes calls is not known to TRL; set tokenizer.response_template, or write them as text, e.g. in format json.",
-    "prefix": "The chat template of {} renders earlier turns anew when a tool has answered, and TRL has no repair for it; use a prefix-preserving one.",
-    "text": "The chat template of {} cannot render a conversation of plain text; use another template.",
-}
-
-def _refuse(why, tokenizer): return ValueError(_REFUSED[why].format(tokenizer.name_or_path or "this tokenizer"))
 
 # %% ../nbs/11a_drift.ipynb #23d8e242
 def python(code: str) -> str:
@@ -231,40 +242,22 @@ def python(code: str) -> str:
     """
 
 # %% ../nbs/11a_drift.ipynb #c8a63ddb
-def _chat_format(make, tokenizer):
-    "The template's own way, repaired where needed. Raises: ValueError."
-    if not supports_tool_calling(tokenizer): raise _refuse("tools", tokenizer)
-    if not getattr(tokenizer, "response_template", None):
-        try: tokenizer = add_response_schema(copy.copy(tokenizer))
-        except ValueError: raise _refuse("parser", tokenizer) from None
-    if is_chat_template_prefix_preserving(tokenizer): return make(tokenizer)
-    try: return make(tokenizer, chat_template=get_training_chat_template(tokenizer))
-    except ValueError: raise _refuse("prefix", tokenizer) from None
-
-def _text_format(make, tokenizer):
-    "Calls as text, tried once. Raises: ValueError."
-    format = make(tokenizer)
-    try: format.prompt([{"role": "user", "content": "dummy"}]), format.observe([ToolResult("python", "85")])
-    except TemplateError: raise _refuse("text", tokenizer) from None
-    return format
-
-# %% ../nbs/11a_drift.ipynb #8c93db78
 def usable_format(
     tokenizer: Any,                        # tokenizer with a chat template
     call_format: str | None = None,        # "json", "xml", "fenced" or "list"; None or "chat" for the template's own way
     end_tokens: list[int] | None = None,   # tokens that end a turn; None for the tokenizer's end-of-sequence token
     tools: list[Callable] = (python,),     # tools that are offered
+    chat_template: str | None = None,      # template to use in place of the tokenizer's
 ) -> ChatFormat | TextFormat:              # with a response template and, where needed, TRL's training template
-    "The format that a run would use. Raises: ValueError, in one sentence, where the tokenizer cannot be used with tools."
-    if not tokenizer.chat_template: raise _refuse("template", tokenizer)
-    if tokenizer.eos_token_id is None: raise _refuse("end", tokenizer)
-    make = partial(make_format, call_format, tools=list(tools), end_tokens=end_tokens)
-    return _chat_format(make, tokenizer) if call_format in (None, "chat") else _text_format(make, tokenizer)
+    "Return the format that a run would use. Raises: ValueError, in one sentence, where the tokenizer cannot be used with tools."
+    check_template(tokenizer if chat_template is None else SimpleNamespace(chat_template=chat_template, eos_token_id=tokenizer.eos_token_id))
+    return make_format(call_format, tokenizer, list(tools), chat_template, end_tokens=end_tokens)
 
 # %% ../nbs/11a_drift.ipynb #badb09df
 def drift_check_model(
     model: str,                       # folder or name of a checkpoint
     call_format: str | None = None,   # "json", "xml", "fenced" or "list"; None or "chat" for the template's own way
+    chat_template: str | None = None, # template to use in place of the checkpoint's
 ) -> DriftReport:                     # what was found
     "Check a checkpoint's tokenizer with the format that TIRTrainer would use. Raises: ValueError, in one sentence."
     try: tokenizer = AutoTokenizer.from_pretrained(model)
@@ -272,6 +265,6 @@ def drift_check_model(
     try: declared = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError: declared = None
     ends = [tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])]
-    format = usable_format(tokenizer, call_format, list(dict.fromkeys(i for i in ends if i is not None)) or None)
+    format = usable_format(tokenizer, call_format, list(dict.fromkeys(i for i in ends if i is not None)) or None, chat_template=chat_template)
     report, repaired = drift_check(format), "The checkpoint's own template renders earlier turns anew; TRL's training template was used, as TRL does."
-    return replace(report, notes=[repaired] * bool(format.chat_template) + report.notes)
+    return replace(report, notes=[repaired] * (format.chat_template not in (None, chat_template)) + report.notes)

@@ -13,6 +13,7 @@ from typing import Any, Callable
 # %% ../nbs/40k_guards.ipynb #af7a21bc
 import torch
 from trl.trainer.utils import is_async_callable
+from .environments import reset_failed
 
 # %% ../nbs/40k_guards.ipynb #f72e248c
 def _is_score(value): return value is None or isinstance(value, Number) or getattr(value, "ndim", None) == 0
@@ -60,10 +61,9 @@ def naming_the_row():
     except Exception as e:
         if not (at := _row_of_the_loop(e.__traceback__)): raise
         environment, row, i, prompt = at
-        name, shown = type(environment).__name__, ", ".join(f"{k}={str(v)[:60]!r}" for k, v in row.items() if k != "prompt") or f"prompt={str(prompt)[:60]!r}"
         if isinstance(prompt, str) and isinstance(e, TypeError) and "indices" in str(e):
-            raise ValueError(f"`reset` of {name} returns text for the last message of the prompt, and row {i}'s prompt is plain text; write it as [{{\"role\": \"user\", \"content\": text}}].") from e
-        raise ValueError(f"`reset` of {name} failed at row {i} of the batch ({shown}): {type(e).__name__}: {e}") from e
+            raise ValueError(f"`reset` of {type(environment).__name__} returns text for the last message of the prompt, and row {i}'s prompt is plain text; write it as [{{\"role\": \"user\", \"content\": text}}].") from e
+        raise reset_failed(environment, row | {"prompt": prompt}, i, e) from e
 
 # %% ../nbs/40k_guards.ipynb #328b6217
 def check_asked(

@@ -74,6 +74,7 @@ def demo(
                      num_generations=8, max_completion_length=192, learning_rate=1e-3, lr_scheduler_type="linear", warmup_steps=2,
                      save_strategy="no", disable_tqdm=True)
     trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("arithmetic", "train", 8 * min(steps, 100), seed), environment_factory=PythonEnvironment)
+    Path(run_dir).mkdir(parents=True, exist_ok=True)   # what cannot be written is said before anything is sampled
     trainer.remove_callback(PrinterCallback)
     bar = RewardBar()
     trainer.add_callback(bar)

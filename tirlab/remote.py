@@ -252,12 +252,14 @@ def sandbox_server(
     isolation: str | None = None,   # level, as in `run_python`
 ) -> http.server.ThreadingHTTPServer:   # `serve_forever()` serves
     """A server of SandboxFusion's `/run_code`.
-    Raises: ValueError without a token on an address that others reach; OSError where the level is not to be had."""
+    Raises: ValueError for a port that is none, and without a token on an address that others reach; OSError where the level or the port is not to be had."""
     token = token or os.environ.get("TIRLAB_SANDBOX_TOKEN")
     try: local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError: local = False
     if not local and not token: raise ValueError(f"{host} can be reached from elsewhere: set a token (TIRLAB_SANDBOX_TOKEN), or listen on 127.0.0.1")
     if lacking := missing(isolation_level(isolation)): raise IsolationError(f"{isolation_level(isolation)} is not to be had here ({lacking})")
-    server = _Server((host, port), _Handler)
+    if type(port) is not int or not 0 <= port <= 65535: raise ValueError(f"port={port!r} is not a whole number from 1 to 65535, or 0 for a free one.")
+    try: server = _Server((host, port), _Handler)
+    except OSError as e: raise OSError(f"Nobody can listen on {host}, port {port} ({e.strerror or e}); choose another port, 0 for a free one, or another address.") from None
     server.token, server.isolation, server.level = token, isolation, sandbox_level(isolation)
     return server

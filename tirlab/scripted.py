@@ -86,7 +86,7 @@ def written_calls(
 
 def _written(format, message):
     "What the model would write for a message, and what comes behind it when the conversation goes on, as text."
-    if isinstance(format, TextFormat): return "\n".join(filter(None, [message["content"], syntax_of(format.name).render(written_calls(message))])), ""
+    if isinstance(format, TextFormat): return format.past_thought("\n".join(filter(None, [message["content"], syntax_of(format.name).render(written_calls(message))]))), ""
     render = partial(format.tokenizer.apply_chat_template, tools=format.tools or None, chat_template=format.chat_template, **format.template_kwargs)
     show = lambda messages, more=False: render(messages, tokenize=False, add_generation_prompt=more)
     ask, after = [{"role": "user", "content": "dummy"}], _told("dummy") if message.get("tool_calls") else {"role": "user", "content": "dummy"}
