@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tirlab.all import TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
-from tirlab.calls import RolloutLimits, run_call, run_calls
+from tirlab.calls import RolloutLimits, run_call, run_calls, wrong_thread
 from tirlab.evaluate import evaluate
 from tirlab.rollout import failing_tools, run_async
 from tirlab.trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn, TurnKind
@@ -144,12 +144,33 @@ def of_chain():
     return "ok"
 
 
-@pytest.mark.parametrize("tool", [of_signal, of_thread, of_context, of_chain])
+def of_loop():
+    asyncio.get_event_loop_policy().get_event_loop()
+    return "ok"
+
+
+@pytest.mark.parametrize("tool", [of_signal, of_thread, of_context, of_chain, of_loop])
 @pytest.mark.parametrize("running", [False, True], ids=["no loop", "running loop"])
 def test_a_tool_that_python_refuses_elsewhere_is_called_where_it_belongs(tool, running):
     here.word = "ok"
     told.set("ok")
-    assert [ask(tool, running).content for _ in range(3)] == ["ok"] * 3
+    asyncio.set_event_loop(loop := asyncio.new_event_loop())
+    try: assert [ask(tool, running).content for _ in range(3)] == ["ok"] * 3
+    finally: asyncio.set_event_loop(None), loop.close()
+
+
+def test_what_playwright_says_elsewhere_is_known():
+    "Its synchronous interface stands on greenlets, which stay on their thread."
+    greenlet, said = pytest.importorskip("greenlet"), []
+    begun = greenlet.greenlet(lambda: greenlet.getcurrent().parent.switch())
+    begun.switch()
+    def elsewhere():
+        try: begun.switch()
+        except greenlet.error as e: said.append(wrong_thread(e))
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert said == [True]
 
 
 def test_a_tool_is_called_elsewhere_once_and_then_known():
