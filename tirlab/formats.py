@@ -232,9 +232,8 @@ class ChatFormat:
     def goes_on(self, ids: list[int], prefix: list[int] = ()) -> bool:
         "Return whether a turn that was stopped at a stop string has no complete call yet: the string stands in a thought, or in a call's own text."
         if self.ends(ids): return False
-        syntax, text = syntax_of(self.syntax), self.tokenizer.decode(ids)
-        text = without_thoughts(text, self.thoughts(text, prefix), " ")
-        return syntax.end_of_call(text) is None and not (syntax.sure and any(s in text for s in syntax.stop_strings))
+        text = self.tokenizer.decode(ids)
+        return syntax_of(self.syntax).goes_on(without_thoughts(text, self.thoughts(text, prefix), " "))
 
 # %% ../nbs/01_formats.ipynb #b6f043bf
 def results_text(
