@@ -23,7 +23,7 @@ run = the_run()
 
 def seen():
     "What this page shows of the run; it is drawn anew when that changes."
-    return run.status(), *((len(run.metrics()), len(run.steps())) if st.session_state.get("follow", True) else ()), st.session_state.get("follow", True)
+    return run.status(), run.meta().get("warning"), *((len(run.metrics()), len(run.steps())) if st.session_state.get("follow", True) else ()), st.session_state.get("follow", True)
 
 
 def head():
@@ -37,6 +37,8 @@ def head():
         st.caption(plain(f"{Path(model).name if Path(model).is_absolute() else model} · {run.path.resolve()}"), width="content")
     if meta.get("error"):
         st.error(plain(str(meta["error"])), icon=":material/error:")
+    elif meta.get("warning"):
+        st.warning(plain(str(meta["warning"])), icon=":material/warning:")
     elif status == "interrupted":
         st.caption(f"Stopped at step {meta.get('step', 0)} before it was done. What it wrote until then is here.")
     elif status == "stalled":

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
-from tirlab.collapse import CollapseMonitor, Cusum, Detectors, robust_z
+from tirlab.collapse import CollapseMonitor, Cusum, Detectors, culprits, robust_z
+from tirlab.filters import has_answer, void_turns
 
 
 def series(seed, steps=60, shift=0.0, at=30):
@@ -112,3 +113,13 @@ def test_culprits_are_the_tokens_behind_the_number(tmp_path):
 
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="action='panic' is unknown"): CollapseMonitor(action="panic")
+
+
+def test_culprits_of_void_turns_follow_the_answer_pattern(tmp_path):
+    "A plain answer is void where answers are boxed: the rate counts it, and it is named."
+    t, _ = trained(tmp_path / "boxed", watching(), max_steps=1, temperature=1.0, answer_pattern=r"\\boxed")
+    rate, found = next(m for m in t.state.log_history if "reward" in m)["probe/void_rate"], t._watch.culprits("probe/void_rate")
+    void = {name for name, x in zip(t._watch._last[1], t._watch._last[0]) if any(void_turns(x, has_answer(r"\\boxed")))}
+    assert rate > 0 and found and {c["id"] for c in found} <= void and len(found) == min(5, sum(sum(void_turns(x, has_answer(r"\\boxed"))) for x in t._watch._last[0]))
+    plain = culprits("probe/void_rate", *t._watch._last, t._watch.probe.tokens, t._watch.end)
+    assert len(plain) < len(found)

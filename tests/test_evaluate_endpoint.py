@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from tirlab import cli
 from tirlab.calls import RolloutLimits
@@ -14,6 +15,7 @@ from tirlab.engines import EngineError, Sampling
 from tirlab.environments import BookingEnvironment
 from tirlab.eval_results import read_items
 from tirlab.eval_runs import Sampler, evaluate_run
+from tirlab.evaluate import evaluate
 from tirlab.plots import token_html
 from tirlab.rollout import rollout, run_async
 from tirlab.tasks import ENVIRONMENTS, make_tasks
@@ -220,6 +222,39 @@ def test_a_user_who_goes_on_and_brings_a_tool():
         done = run_async(lambda: rollout(format.prompt([{"role": "user", "content": "Hello"}]), line, environment, format))
     assert [m["content"] for m in done.messages] == ["1", "And now?", "3"]
     assert [[t["function"]["name"] for t in body["tools"]] for body in seen] == [["book"], ["book", "cancel"]]
+
+
+def test_the_schedule_that_an_endpoint_needs_is_chosen_and_another_is_refused(tmp_path):
+    with server() as url:
+        found = evaluate(None, None, TASKS, ENVIRONMENTS, engine=endpoint(url), k=2)
+        assert found.rewards == [1.0] * 12 and found.estimates()["pass@2"].mean == 1
+        assert evaluate_run(tmp_path / "a", {"chat": (TASKS, "chat")}, sampler(url))["cells"]["chat"]["estimates"]["avg@1"]["mean"] == 1
+        for ask in (lambda: evaluate(None, None, TASKS, ENVIRONMENTS, engine=endpoint(url), schedule="turn"), lambda: evaluate_run(tmp_path / "b", {"chat": (TASKS, None)}, sampler(url), schedule="turn")):
+            with pytest.raises(ValueError, match="schedule='turn' does not fit Endpoint, which needs schedule='eager'; leave schedule out"): ask()
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_environment_without_tools_talks_to_an_endpoint_and_gives_its_reward(tmp_path):
+    class Game:
+        def reset(self, secret, **row): self.secret, self.said = secret, []; return "Guess."
+        def _reply(self, text):
+            self.said.append(text)
+            return None if text == self.secret else ("Wrong.", [])
+        def get_reward(self): return 1.0 / len(self.said)
+    rows, seen = Dataset.from_list([{"secret": "7"}]), []
+    def reads(prompts, log_metric, **kwargs): seen.extend(prompts); log_metric("seen", 1); return [0.0] * len(prompts)
+    with server(lambda body: {"content": "7" if len(body["messages"]) > 1 else "3"}) as url:
+        found = evaluate(None, None, rows, Game, reads, engine=endpoint(url))
+        result = evaluate_run(tmp_path, {"chat": (rows, None)}, Sampler(endpoint(url), environment_factory=Game), reads)
+    assert found.rewards == [0.5] and found.by_function == {"reads": [0.0], "Game": [0.5]} and seen == [[{"role": "user", "content": "Guess."}]] * 2
+    assert result["cells"]["chat"]["metrics"] == {"seen": 1.0} and open_run(tmp_path).index().reward.iloc[0] == 0.5
+
+
+def test_variables_of_the_servers_template_are_sent(tmp_path):
+    seen = []
+    with server(seen=seen) as url:
+        assert cli.main(["eval", f"endpoint={url}", "model=stub", "tasks=arithmetic", "n=1", "chat_template_kwargs={enable_thinking: false}", f"out={tmp_path}/run"]) == 0
+    assert seen[0]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_settings_and_keys_are_checked(monkeypatch):

@@ -45,6 +45,8 @@ EXECUTED = []
 
 
 class Disk:
+    def reset(self, **row): pass
+
     def remove(self, path: str, keep: str = "") -> str:
         """
         Remove a folder.

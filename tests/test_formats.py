@@ -59,7 +59,8 @@ def find(name: str, box: int) -> str:
 
 def schemas(calls):
     "Tools whose parameters have the types of these arguments."
-    kind = lambda v: {"type": "string"} if isinstance(v, str) else {"type": "object"}
+    names = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
+    kind = lambda v: {"type": names[type(v)]}
     typed = lambda c: {"properties": {k: kind(v) for k, v in c.arguments.items()}}
     return [{"type": "function", "function": {"name": c.name, "parameters": typed(c)}} for c in calls]
 
@@ -271,7 +272,7 @@ def test_a_template_that_changes_the_past_is_an_error_that_names_the_fix(name):
     template = "{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}<|im_end|>"
     with pytest.raises(ValueError, match="chat_template="):
         make_format(name, TOK, [find], template)
-    with pytest.raises(ValueError, match="get_training_chat_template"):
+    with pytest.raises(ValueError, match="chat_template="):
         TextFormat("json", TOK, [find], template).observe([ToolResult("find", "k17")])
 
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from tirlab.config import TIRConfig
 from tirlab.gradients import by_turn, logit_gradients, surprise
 from tirlab.losses import clip_cov_mask, covariances, kl_cov_terms, positive_nll_terms, ppo_clipped, token_weights
+from tirlab.signals import extra_loss, kept_advantages
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 CLIPPING = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -172,6 +174,16 @@ def test_clip_cov_draws_evenly():
     rng = torch.Generator().manual_seed(0)
     taken = sum(1 - clip_cov_mask(logp, a, mask, low=0.4, high=1.0, generator=rng) for _ in range(600))
     assert taken[0, 3] == 0 and taken[0, :3].sum() == 600 and (taken[0, :3] - 200).abs().max() < 60
+
+
+def test_every_part_of_a_step_and_every_process_draws_for_itself():
+    "Hundreds of candidates, of which a few go: others for another step, part or process; the same for the same."
+    logp, advantages = torch.randn(4, 500, generator=torch.manual_seed(0)) - 3, torch.randn(4, 500, generator=torch.manual_seed(1))
+    def taken(*draw, seed=0):
+        args = TIRConfig(clip_cov_ratio=0.02, clip_cov_bounds=[0.1, 50.0], seed=seed)
+        return tuple(map(tuple, (kept_advantages(args, logp, dict(advantages=advantages), torch.ones(4, 500), draw) == 0).nonzero().tolist()))
+    draws = [taken(*d) for d in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1))] + [taken(0, 0, 0, seed=1)]
+    assert all(len(d) == 40 for d in draws) and len(set(draws)) == len(draws) and taken(0, 1, 0) == draws[2]
 
 
 @pytest.mark.parametrize("by_token", (True, False))
@@ -341,3 +353,11 @@ def test_by_turn_is_the_loop(seed, rows, width, turns):
             for j in range(turns):
                 here = values[i][at[i] == j]
                 assert table[i, j].isnan() if not len(here) else torch.isclose(table[i, j], f(here))
+
+
+def test_terms_look_only_at_kept_rows_and_weigh_by_all_that_count():
+    "A row that the ratio filter drops adds no term, and its tokens stay in the denominators."
+    logp, args = torch.full((2, 3), -1.0, requires_grad=True), TIRConfig(positive_nll_coef=0.1, loss_type="bnpo")
+    kept = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    found = extra_loss(args, logp, dict(advantages=torch.ones(2)), kept, torch.ones(2, 3))
+    assert found.item() == pytest.approx(3 * 0.1 / 6) and torch.autograd.grad(found, logp)[0][1].eq(0).all()

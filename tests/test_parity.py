@@ -10,7 +10,7 @@ Intended differences, each with the value that gives TRL's behaviour, used throu
   logging_steps=10              TRL's default
   gradient_checkpointing=True   TRL's default, also on a CPU
   trace=False                   TRL writes no run folder (traces are written here, to show that they change nothing)
-Without an option: tools that return lists of content blocks (images) are for TRL's trainer; here everything a tool returns becomes text.
+Without an option: tools that return lists of content blocks (images) are for TRL's trainer; here the model reads everything a tool returns as text, and rewards get the list.
 """
 
 import json

@@ -10,12 +10,26 @@ __all__ = ['ESTIMATORS', 'BY_TURN', 'discounted_returns', 'pooled_advantages', '
 import torch
 from torch import Tensor
 
+# %% ../nbs/21_advantages.ipynb #7b0398d9
+def _table(x, name):
+    "A table of floats. Raises: ValueError for anything but a table."
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ValueError(f"{name} is {given}; give a tensor with a row for each rollout and a column for each turn, as {name}[:, None] makes it of one number a rollout.")
+    return x if x.is_floating_point() else x.float()
+
+def _scored(rewards):
+    "Rewards by turn as floats, nan in a rollout that has an infinite one."
+    table = _table(rewards, "rewards")
+    return table.masked_fill(table.isinf().any(1, keepdim=True), torch.nan)
+
 # %% ../nbs/21_advantages.ipynb #54c8210d
 def discounted_returns(
     rewards: Tensor,      # (G, J) reward of turn j of rollout i; nan where there was no such turn
     gamma: float = 0.9,   # worth of the next turn's return, 0 to 1
 ) -> Tensor:              # (G, J) returns, nan where `rewards` is
-    "Return of every turn: its reward and the discounted rewards after it. Source: GTPO, return-based advantage estimation."
+    "Return of every turn: its reward and the discounted rewards after it. Raises: ValueError. Source: GTPO, return-based advantage estimation."
+    rewards = _scored(rewards)
     returns, after = torch.full_like(rewards, torch.nan), rewards.new_zeros(len(rewards))
     for j in reversed(range(rewards.shape[1])):
         after = rewards[:, j].nan_to_num() + gamma * after
@@ -39,7 +53,8 @@ def pooled_advantages(
     eps: float = 1e-4,   # keeps a nearly constant group from blowing up; same as TRL's GRPO
     ddof: int = 1,       # 1 divides the variance by one less than the number of turns, as TRL's GRPO does; 0 by their number
 ) -> Tensor:             # (G, J) advantages, 0 where there was no such turn
-    "Returns minus the group's mean, over its standard deviation, all turns pooled. Source: GTPO; the pooled set is inferred."
+    "Returns minus the group's mean, over its standard deviation, all turns pooled. Raises: ValueError. Source: GTPO; the pooled set is inferred."
+    returns = _table(returns, "returns")
     mean, std = _moments(returns, (0, 1), ddof)
     return ((returns - mean) / (std + eps)).nan_to_num()
 
@@ -48,8 +63,11 @@ def spread_to_tokens(
     advantages: Tensor,      # (G, J) advantage of each turn
     turn_of_token: Tensor,   # (G, T) int64, turn that wrote the token, -1 where the model did not write it
 ) -> Tensor:                 # (G, T) advantage of each token
-    "Give every token its turn's advantage, and observations none. Source: GTPO, objective: A_ij for every token of turn j."
-    return torch.nn.functional.pad(advantages, (1, 0)).gather(1, turn_of_token + 1)   # -1 points at a column of zeros
+    "Give every token its turn's advantage, and observations none. Raises: ValueError. Source: GTPO, objective: A_ij for every token of turn j."
+    advantages = _table(advantages, "advantages")
+    if turn_of_token.dim() != 2 or len(turn_of_token) != len(advantages):
+        raise ValueError(f"turn_of_token has the shape {tuple(turn_of_token.shape)}; give a row for each of the {len(advantages)} rollouts and a column for each token.")
+    return torch.nn.functional.pad(advantages, (1, 0)).gather(1, turn_of_token.long() + 1)   # -1 points at a column of zeros
 
 # %% ../nbs/21_advantages.ipynb #380d581f
 def _groups(rows, size):
@@ -93,6 +111,7 @@ def gtpo(
     ddof: int = 1,                         # 1 for the sample's variance, as TRL; 0 for the population's
 ) -> Tensor:                               # (N, T) advantage of each token, or (N, J) of each turn; 0 where the model wrote nothing
     "Normalised discounted return of a turn; over which set is inferred. Raises: ValueError. Source: GTPO (arXiv 2511.14846), return-based advantage."
+    rewards = _scored(rewards)
     returns = _groups(discounted_returns(rewards, gamma), group_size)
     mean, std = _turn_moments(returns, normalisation, ddof)
     return _given(_scaled(returns - mean, std, returns, scale_rewards, eps, ddof), rewards, turn_of_token)
@@ -110,6 +129,7 @@ def grpo(
     eps: float = 1e-4,                     # added to the standard deviation
 ) -> Tensor:                               # (N, T) or (N, J)
     "Normalised reward of the rollout for all its turns, as TRL has it. Raises: ValueError. Source: GRPO (arXiv 2402.03300), outcome supervision."
+    rewards = _scored(rewards)
     total = _totals(rewards, group_size)
     mean, std = _moments(total, (1,))
     return _given(_scaled(total - mean, std, total, scale_rewards, eps)[..., None], rewards, turn_of_token)
@@ -146,6 +166,7 @@ def rloo(
     eps: float = 1e-4,                     # added to the standard deviation
 ) -> Tensor:                               # (N, T) or (N, J)
     "Reward of the rollout minus the mean of the others of its group. Raises: ValueError. Source: RLOO (arXiv 2402.14740)."
+    rewards = _scored(rewards)
     total = _totals(rewards, group_size)
     away = _without_itself(total, (1,))
     if normalize_advantages:
@@ -161,6 +182,7 @@ def turn_rloo(
     gamma: float = 1.0,                    # worth of the next turn's return, 0 to 1
 ) -> Tensor:                               # (N, T) or (N, J)
     "Return of a turn minus that turn's mean return in the other rollouts. Raises: ValueError. Source: RLOO (arXiv 2402.14740); by turn it is ours."
+    rewards = _scored(rewards)
     returns = _groups(discounted_returns(rewards, gamma), group_size)
     happened = (~returns.isnan()).float()
     pooled = returns - _moments(returns, (1, 2))[0]   # from the middle: equal returns are exactly 0
@@ -180,6 +202,7 @@ def mt_grpo(
     eps: float = 1e-4,                     # added to the standard deviation
 ) -> Tensor:                               # (N, T) or (N, J)
     "Advantage of a turn's reward plus the outcome's. Raises: ValueError. Source: MT-GRPO (arXiv 2505.11821), its code; beyond two turns inferred."
+    rewards = _scored(rewards)
     table, count = _groups(rewards, group_size), _groups((~rewards.isnan()).sum(1), group_size)
     last = torch.arange(rewards.shape[1], device=rewards.device) == count[..., None] - 1
     outcome = table.masked_fill(~last, 0).nansum(2).masked_fill(count == 0, torch.nan)

@@ -95,12 +95,11 @@ def evaluation(
     "Evaluate a checkpoint or an endpoint, or compare two evaluations."
     from tirlab.engines import EngineError
     from tirlab.eval_results import result_table
-    from tirlab.eval_settings import eval_folder, read_eval_settings, run_eval, settings_text
+    from tirlab.eval_settings import read_eval_settings, run_eval, settings_text
     if args.settings[:1] == ["settings"]: print(settings_text()); return 0
     if args.settings[:1] == ["compare"]: return _compare(args)
     what = read_eval_settings(args.settings)
-    print(f"Run folder: {eval_folder(what)}\nThe same line goes on where it was stopped.", file=sys.stderr)
-    try: result = run_eval(what)
+    try: result = run_eval(what, lambda path: print(f"Run folder: {path}\nRe-run this command to resume.", file=sys.stderr))
     except EngineError as e: raise ValueError(str(e)) from None
     print(f"{result_table(result)}\nLook at it:  tirlab app {result['run_dir']}", file=sys.stderr if args.json else sys.stdout)
     if args.json: print(json.dumps(result, default=str))
@@ -126,14 +125,15 @@ def app(
 
 # %% ../nbs/51_cli.ipynb #26885462
 def drift(
-    args: argparse.Namespace,   # model, format
+    args: argparse.Namespace,   # model, format, chat_template
 ) -> int:                       # exit status: 0, or 1 where tokens would differ
     "Check a model's tokenizer and chat template for multi-turn training."
     from tirlab.drift import drift_check_model
-    from tirlab.presets import check_model
+    from tirlab.presets import check_model, template_text
     from tirlab.tiny import tiny_policy
+    template = {"chat_template": template_text(args.chat_template)} if args.chat_template else {}
     if args.model and not os.path.exists(os.path.join(args.model, "tokenizer_config.json")): check_model(args.model)   # a tokenizer is enough
-    report = drift_check_model(args.model or tiny_policy(), args.format)
+    report = drift_check_model(args.model or tiny_policy(), args.format, **template)
     print(report)
     return int(not report.ok)
 
@@ -214,6 +214,7 @@ def parser() -> argparse.ArgumentParser:
     c = commands.add_parser("drift-check", help="prove that the loss sees the tokens that were sampled, for a model and a call format")
     c.add_argument("--model", help="name or folder of a checkpoint (the tiny policy)")
     c.add_argument("--format", choices=["chat", "json", "xml", "fenced", "list"], default="chat", help="how calls are written (chat: the template's own way)")
+    c.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the model's own, or its text")
     c.set_defaults(function=drift)
     s = commands.add_parser("sandbox", help="serve: run code for other machines, in SandboxFusion's protocol")
     s.add_argument("action", choices=["serve"])

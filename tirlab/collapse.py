@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from .collapse_signals import logit_gradient_norms, metric_name, token_roles
 from .filters import has_answer, void_turns
 from .probes import Probed
-from .trajectory import StopReason, ToolError, Trajectory
+from .trajectory import StopReason, ToolError, Trajectory, Turn
 
 # %% ../nbs/32_collapse.ipynb #2fb2405a
 def collapse_began(
@@ -178,6 +178,7 @@ def culprits(
     tokens: dict[str, int],           # control tokens that were probed
     end: str = "<|im_end|>",          # end-of-turn token, by name
     count: int = 5,                   # most to name
+    answered: Callable[[Turn], bool] = has_answer(),   # whether a turn holds a final answer: `has_answer(answer_pattern)`, as for the signals
 ) -> list[dict]:                      # id, position (of a completion token) and value, worst first; empty for a signal that no token is behind
     "Tokens behind a signal."
     roles = token_roles(trajectories, tokens, seen.logp.shape[1], end)
@@ -189,7 +190,7 @@ def culprits(
         return [name(r, first(r, turn), norms[r, turn]) for r, _ in _ranked(norms[:, turn:turn + 1], torch.ones(len(norms), 1, dtype=torch.bool), False)[:count]]
     if signal.startswith("probe/") and (found := _table(signal, seen, roles)):
         return [name(r, at, found[0][r, at]) for r, at in _ranked(*found)[:count]]
-    hits = [(r, j) for r, t in enumerate(trajectories) for j, hit in enumerate(_turn_is(signal, t, has_answer())) if hit and (roles.turn[r] == j).any()]
+    hits = [(r, j) for r, t in enumerate(trajectories) for j, hit in enumerate(_turn_is(signal, t, answered)) if hit and (roles.turn[r] == j).any()]
     return [name(r, first(r, j), 1.0) for r, j in hits[:count]] if signal.startswith("probe/") else []
 
 # %% ../nbs/32_collapse.ipynb #3cd04ef4

@@ -20,7 +20,8 @@ from torch import Tensor
 from .filters import has_answer, void_turns
 from .gradients import by_turn
 from .probes import Probed
-from .syntax import FENCED, JSON, LIST, XML
+from .families import CALL_TAGS, FAMILIES, call_tags
+from .syntax import FENCED, LIST, XML
 from .trajectory import StopReason, ToolError, Trajectory, Turn, TurnKind
 
 # %% ../nbs/31a_collapse_signals.ipynb #ffecb580
@@ -30,9 +31,10 @@ def legal(
 ) -> str:                    # "outside" or "inside" a call, "end" of a turn, "anywhere" or "never"
     "Where in a turn of the model a control token may stand. Source: arXiv 2606.26027, §4.3 and Table 3, as far as a table of states says it."
     if token == end: return "end"                              # outside a call, and not as a turn's first token
-    if token == JSON.markers[0]: return "outside"
-    if token in XML.markers: return "inside"
-    return "anywhere" if token in FENCED.markers + LIST.markers else "never"   # those markers open as well as close
+    if any(token == opening for opening, _ in CALL_TAGS): return "outside"
+    if any(token == closing for _, closing in CALL_TAGS) or token in XML.markers + FAMILIES["glm"].markers: return "inside"
+    both = FENCED.markers + LIST.markers + FAMILIES["llama"].markers + FAMILIES["gptoss"].markers   # these open as well as close
+    return "anywhere" if token in both else "never"
 
 # %% ../nbs/31a_collapse_signals.ipynb #285632a5
 def inside_calls(
@@ -77,9 +79,9 @@ def token_roles(
     "Roles of all positions of a batch."
     ids, turn = _tables(trajectories, width)
     wrote, before = turn >= 0, np.concatenate([np.full((len(ids), 1), -1), turn], 1)[:, :-1]
-    start, (opening, closing) = wrote & (before != turn), (tokens.get(m) for m in JSON.markers)
-    tagged = opening is not None and closing is not None   # else nobody knows what is inside a call
-    inside = inside_calls(ids, turn, opening, closing) if tagged else np.zeros_like(wrote)
+    start, tags = wrote & (before != turn), call_tags(tokens)
+    tagged = bool(tags)   # else nobody knows what is inside a call
+    inside = inside_calls(ids, turn, *tags.values()) if tagged else np.zeros_like(wrote)
     places = {"outside": inside, "inside": wrote & ~inside & tagged, "end": inside | start, "anywhere": np.zeros_like(wrote), "never": wrote}
     forbidden = np.zeros((*ids.shape, len(tokens)), bool)
     for k, name in enumerate(tokens): forbidden[..., k] = places[legal(name, end)]

@@ -7,9 +7,10 @@ __all__ = ['CHOICES', 'SignalConfig', 'PromptConfig', 'TIRConfig', 'engine_of', 
            'check_tokenizer', 'check_budget']
 
 # %% ../nbs/40_config.ipynb #51c6ddc4
-import inspect, re
-from dataclasses import dataclass, field
-from typing import Any, Callable
+import inspect, re, warnings
+from dataclasses import dataclass, field, fields
+from numbers import Number
+from typing import Any, Callable, get_args
 
 # %% ../nbs/40_config.ipynb #21c36219
 import torch
@@ -95,6 +96,7 @@ class TIRConfig(PromptConfig):
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Trade compute for memory; None means only where there is an accelerator."})
 
     def __post_init__(self):
+        _check_types(self)
         cpu = self.use_cpu or not torch.accelerator.is_available()
         if cpu:
             self.use_cpu = True
@@ -161,15 +163,35 @@ def _check_prompts(args):
     if args.oversample and args.min_reward_std is None and args.accuracy_band is None and args.min_valid is None:
         raise ValueError("oversample samples again what is left out, and nothing is: set min_reward_std (e.g. 0.001), accuracy_band or min_valid.")
 
+# %% ../nbs/40_config.ipynb #68b7d370
+def _wrong_type(kinds, value):
+    "What is expected of a value that has none of the types it may have: a number, a whole number, or True or False; None where it is right."
+    if value is None: return None   # TRL fills defaults in later
+    if kinds & {int, float}:
+        if not isinstance(value, Number) or isinstance(value, complex): return "a number, without quotes" if isinstance(value, str) else "a number"
+        return "a whole number" if float not in kinds and value != value // 1 else None
+    if not isinstance(value, str) and value in (True, False): return None
+    return "True or False, without quotes" if isinstance(value, str) else "True or False"
+
+def _check_types(args):
+    "Raise ValueError, in one sentence, where a number, or True or False, is given as something else."
+    for f in fields(args):
+        kinds, value = set(get_args(f.type)) or {f.type}, getattr(args, f.name)
+        many = next((set(get_args(k)) for k in {f.type, *kinds} if k in (list[float], list[int])), None)
+        if many and value is not None:
+            if isinstance(value, str) or not hasattr(value, "__iter__"): raise ValueError(f"{f.name}={value!r} is a {type(value).__name__}; give a list of numbers.")
+            if any(_wrong_type(many, one) for one in value): raise ValueError(f"{f.name}={value!r} holds something that is no number; give a list of numbers, without quotes.")
+        elif kinds & {int, float, bool} and str not in kinds and (want := _wrong_type(kinds, value)):
+            raise ValueError(f"{f.name}={value!r} is a {type(value).__name__}; give {want}.")
+
 # %% ../nbs/40_config.ipynb #0442c133
 def _check_filter(args):
-    "Raise ValueError where a filter would look at log-probabilities that these arguments never compute."
-    engine = engine_of(args)[0]
-    corrected = args.use_vllm and args.vllm_importance_sampling_correction
-    before = corrected or args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0   # as TRL decides it
-    if args.void_filter == "high_ratio" and (not before or engine == "trl" and not args.use_vllm):
-        raise ValueError("void_filter='high_ratio' compares the sampler's log-probabilities with the trainer's before the step, which these arguments never compute; use vLLM with vllm_importance_sampling_correction.")
-    if args.void_filter == "low_prob" and engine == "trl" and not (args.use_vllm or before):
+    "Raise ValueError where a filter would look at log-probabilities that these arguments never compute; warn where it could drop nothing."
+    several = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0   # steps a batch, as TRL decides it
+    if args.void_filter == "high_ratio" and not several:
+        warnings.warn("void_filter='high_ratio' compares the policy with the one before the step, and these arguments make one step of each batch, where the ratio is always 1: "
+                      "set num_iterations=2 or more, or steps_per_generation above gradient_accumulation_steps.", stacklevel=4)
+    if args.void_filter == "low_prob" and engine_of(args)[0] == "trl" and not (args.use_vllm or several):
         raise ValueError("void_filter='low_prob' needs the sampler's log-probabilities, which TRL's transformers sampler does not give; choose engine='generate'.")
 
 # %% ../nbs/40_config.ipynb #4a309397
@@ -218,6 +240,9 @@ def check_tokenizer(
 ) -> None:
     "Raises: ValueError, in one sentence, where conversations cannot be rendered, or are not of text alone."
     if hasattr(tokenizer, "image_processor"): raise ValueError(f"TIRTrainer is for text models and {name} reads images; use TRL's GRPOTrainer.")
+    kind = type(tokenizer).__name__
+    if kind == "MistralCommonBackend" or not hasattr(tokenizer, "chat_template"):   # mistral-common renders conversations by itself
+        raise ValueError(f"{kind} is not supported, for it has no chat_template to render turns with; pass processing_class=PreTrainedTokenizerFast.from_pretrained({name!r}) with a chat_template set.")
     if conversational and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"The checkpoint {name} has no chat template, so prompts cannot be rendered; use its instruct version, or pass processing_class= with a chat_template set.")
 

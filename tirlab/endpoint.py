@@ -10,6 +10,7 @@ import asyncio, json, os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 # %% ../nbs/15_endpoint.ipynb #e23b84fb
 from .engines import EngineError, Sampled, Sampling
@@ -70,6 +71,7 @@ class Endpoint:
     pause: float = 1.0              # before the second try, seconds; doubles from try to try
     more: dict = field(default_factory=dict)   # further fields of each request; they win
     patience: int = 32              # requests that may fail in a row, before no more is asked
+    schedule: ClassVar[str] = "eager"   # its requests do not wait for one another
 
     def __post_init__(self):
         EndpointWriter(self.base_url, self.model, timeout=self.timeout, retries=self.retries, concurrency=self.concurrency)   # says what is wrong with them

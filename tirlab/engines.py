@@ -7,7 +7,7 @@ __all__ = ['Sampled', 'Sampling', 'EngineError', 'noise_seed', 'gumbel', 'proces
            'generate', 'BatchEngine', 'GenerateEngine']
 
 # %% ../nbs/10_engines.ipynb #c8382218
-import asyncio, hashlib, inspect
+import asyncio, hashlib, inspect, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +17,8 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer,
+                                      LinearAttentionAndSlidingWindowAttentionLayer, LinearAttentionLayer)
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 # %% ../nbs/10_engines.ipynb #39200c42
@@ -135,19 +137,33 @@ def context_of(
     return getattr(model.config.get_text_config(), "max_position_embeddings", 2**31)
 
 # %% ../nbs/10_engines.ipynb #8c6426ca
+_BY_ROW = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer,
+           LinearAttentionAndSlidingWindowAttentionLayer)   # `reorder_cache` picks their whole state by row; of other kinds it may forget a part
+
+def _empty_cache(model):
+    "The cache that `generate` would begin with; None where a layer's state cannot be copied by row, or the model takes no such cache."
+    if not {"position_ids", "past_key_values"} <= {*inspect.signature(model.forward).parameters}: return None
+    try: cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    except (KeyError, TypeError): return None   # a kind of layer that transformers' table does not have
+    return cache if all(type(layer) in _BY_ROW for layer in cache.layers) else None
+
 def _shared(model, prompts, ids, mask):
-    "Keys and values of all but the last token of every prompt, computed once for equal ones; nothing where few are equal, or the model keeps something else."
+    "What the model keeps of all but the last token of every prompt, computed once for equal ones; nothing where few are equal, or some layer cannot share."
     number = {}   # of each prompt among the different ones
     copies = [number.setdefault(tuple(p), len(number)) for p in prompts]
-    if 2 * len(number) > len(prompts) or ids.shape[1] < 2 or "position_ids" not in inspect.signature(model.forward).parameters: return {}
+    if 2 * len(number) > len(prompts) or ids.shape[1] < 2 or (cache := _empty_cache(model)) is None: return {}
     first = [copies.index(i) for i in range(len(number))]
     positions = (mask[first].cumsum(1) - 1).clamp(min=0)
-    kept = model(input_ids=ids[first, :-1], attention_mask=mask[first, :-1], position_ids=positions[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-    if type(kept) is not DynamicCache: return {}
-    kept.batch_select_indices(torch.tensor(copies, device=ids.device))
-    return {"past_key_values": kept}
+    model(input_ids=ids[first, :-1], attention_mask=mask[first, :-1], position_ids=positions[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.reorder_cache(torch.tensor(copies, device=ids.device))
+    return {"past_key_values": cache}
 
 # %% ../nbs/10_engines.ipynb #1eab75f7
+_ALONE = ("minimax", "recurrent_gemma", "rwkv")   # model types; held to a forward pass in tests/test_hybrid_models.py
+
+def _alone(model): return getattr(getattr(model, "config", None), "model_type", None) in _ALONE
+
+# %% ../nbs/10_engines.ipynb #3c2b2e7a
 @torch.no_grad()
 def generate(
     model: Any,                   # causal language model
@@ -157,6 +173,7 @@ def generate(
 ) -> list[Sampled]:               # B turns
     "Sample one turn for each prompt with transformers' `generate`, all of them in one batch."
     samplings = samplings if isinstance(samplings, list) else [samplings] * len(prompts)
+    if _alone(model) and len(prompts) > 1: return [t for p, s in zip(prompts, samplings) for t in generate(model, tokenizer, [p], [s])]
     one, ends = samplings[0], end_tokens(model, tokenizer)
     ids, mask = _pad_left(prompts, tokenizer.pad_token_id, model.device)
     seeds = [torch.randint(2**62, ()).item() if s.seed is None else s.seed for s in samplings] if one.temperature else None
@@ -238,6 +255,7 @@ class GenerateEngine(BatchEngine):
             return generate(model, tokenizer, prompts, samplings)
         super().__init__(sample, thread)
         self._model = model
+        if _alone(model): warnings.warn(f"In {model.config.model_type} models the rows of a batch disturb each other, so turns are sampled one by one, which is slow.", stacklevel=2)
 
     @contextmanager
     def ready(self,

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['observe', 'PythonEnvironment', 'python_environment', 'isolation_of', 'LookupEnvironment', 'BookingEnvironment',
-           'environment_tools', 'offered_tools', 'check_tool']
+           'environment_tools', 'offered_tools', 'outside_loop', 'check_environment', 'reset_environment',
+           'reset_failed', 'check_tool']
 
 # %% ../nbs/03_environments.ipynb #7438d75f
-import inspect, json
-from typing import Callable
+import asyncio, inspect, json, signal, threading
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Callable
 
 # %% ../nbs/03_environments.ipynb #b984b8e6
 from .executions import Execution, Limits, SandboxFault, Status
@@ -153,6 +156,75 @@ def offered_tools(
 ) -> list[Callable]:              # those that a prompt names
     "Tools that the model is told of from the start; those that are `held_out` can be run, and are described later or never."
     return [t for t in tools.values() if not getattr(t, "held_out", False)]
+
+# %% ../nbs/03_environments.ipynb #e99d71ec
+@contextmanager
+def outside_loop():
+    "Inside, this thread is as if no event loop ran in it: a loop of its own can be run, and Ctrl-C is an exception at once."
+    loop, main = asyncio._get_running_loop(), threading.current_thread() is threading.main_thread()
+    task, handler = loop and asyncio.current_task(loop), signal.getsignal(signal.SIGINT) if main else None
+    held = isinstance(handler, partial) and getattr(handler.func, "__func__", None) is asyncio.Runner._on_sigint
+    if task: asyncio.tasks._leave_task(loop, task)
+    asyncio._set_running_loop(None)
+    if held: signal.signal(signal.SIGINT, signal.default_int_handler)
+    try: yield
+    finally:
+        if held: signal.signal(signal.SIGINT, handler)
+        asyncio._set_running_loop(loop)
+        if task: asyncio.tasks._enter_task(loop, task)
+
+# %% ../nbs/03_environments.ipynb #ff7167f7
+def check_environment(
+    environment_factory: Any,           # as for the trainer: class, callable, dict of them, or None
+    columns: Any = None,                # names of the columns that `reset` will get; None where they are not known yet
+) -> None:
+    "Raises: ValueError, in one sentence, where an instance stands for a class, or where `reset` does not take the row."
+    many = isinstance(environment_factory, dict)
+    if many and columns is not None: columns = [c for c in columns if c != "environment"]   # TRL does not pass it on
+    for factory in environment_factory.values() if many else filter(None, [environment_factory]):
+        kind, name = isinstance(factory, type), type(factory).__name__
+        if not kind and (hasattr(factory, "reset") or not callable(factory)):
+            raise ValueError(f"environment_factory is an instance of {name}; give the class itself, environment_factory={name}, or a function that makes one: "
+                             "every rollout needs an environment of its own.")
+        if kind and not (many and columns is None): _check_reset(factory, factory, columns)   # a row of several may have no other column
+
+def _check_reset(kind, owner, columns):
+    "Raise ValueError where `reset` of a class, or of an instance of it, does not take a row with these columns; None for any."
+    reset = getattr(owner, "reset", None)
+    if not callable(reset): return   # TRL says so itself
+    try: takes = inspect.signature(reset)
+    except (TypeError, ValueError): return   # written in C, say
+    if owner is kind and inspect.isfunction(inspect.getattr_static(kind, "reset")): takes = takes.replace(parameters=[*takes.parameters.values()][1:])
+    if columns is None and takes.parameters: return
+    columns = ["prompt"] if columns is None else columns
+    try: takes.bind(**dict.fromkeys(columns))
+    except TypeError as e:
+        raise ValueError(f"`reset` of {kind.__name__} is called with the columns of a row ({', '.join(columns)}) and does not fit them: {e}. "
+                         "Write `def reset(self, **row)`, with the columns that it needs by name before `**row`.") from None
+
+def reset_environment(
+    environment: Any,           # instance; None and objects without a `reset` are left alone
+    row: dict,                  # columns of a dataset row
+    number: int | None = None,  # of the row, for the message
+) -> str | None:                # what is put behind the last message of the prompt
+    "Reset an environment for a row, as TRL does. Raises: ValueError, in one sentence that names the row, where it cannot be reset."
+    if not hasattr(environment, "reset"): return None
+    _check_reset(type(environment), environment, list(row))
+    try:
+        with outside_loop(): return environment.reset(**row)
+    except Exception as e: raise reset_failed(environment, row, number, e) from e
+
+def reset_failed(
+    environment: Any,      # instance whose `reset` raised
+    row: dict,             # columns of the dataset row
+    number: int | None,    # of the row; None where it is not known
+    error: Exception,      # what it raised
+) -> ValueError:           # to be raised
+    "Return the error that says on which row a `reset` failed."
+    asked = row.get("prompt") or next(iter(row.values()), "")
+    text = str(asked[-1].get("content") if isinstance(asked, list) and isinstance(asked[-1], dict) else asked)
+    which = "a row" if number is None else f"row {number}"
+    return ValueError(f"reset of {type(environment).__name__} failed on {which} ({text[:60]}{'...' * (len(text) > 60)}): {type(error).__name__}: {error}")
 
 # %% ../nbs/03_environments.ipynb #4b0c0aaf
 def check_tool(

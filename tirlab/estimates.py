@@ -117,13 +117,14 @@ def compare(
 
 # %% ../nbs/43b_estimates.ipynb #75cfd122
 def summary(
-    rewards: list[list[float | None]],                       # of each item's tries; None for a try that was not scored
+    rewards: list[list[float | None]],                       # of each item's tries; None or nan for a try that was not scored
     ks: list[int] | None = None,                             # for pass@k; None for powers of two up to the tries
     answers: list[list[str | None]] | None = None,           # of each item's tries; None leaves the vote out
     same: Callable[[str, str], bool] | None = None,          # see `majority_vote`
 ) -> dict[str, Estimate]:                                    # avg@n, pass@k, maj@n
     "Estimates over items; a try is right with a reward of at least 1. Items without a scored try are left out, and those with fewer than k from pass@k."
     tries = max((len(r) for r in rewards), default=0)
+    rewards = [[None if x is None or np.isnan(x) else x for x in r] for r in rewards]
     known = [[x for x in r if x is not None] for r in rewards]
     n, c = np.array([len(r) for r in known], int), np.array([sum(x >= 1 for x in r) for r in known], int)
     with np.errstate(invalid="ignore"): out = {f"avg@{tries}": estimate(np.where(n > 0, c / np.maximum(n, 1), np.nan))}

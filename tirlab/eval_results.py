@@ -27,7 +27,8 @@ def read_items(
     read_meta(path)
     tail = Tail(Path(path)/"items.jsonl", {"cell": str, "item": int, "rewards": list})
     tail.read()
-    return {(line["cell"], line["item"]): line for line in tail.records}
+    number = lambda x: float(x) if isinstance(x, str) else x   # JSON has no infinity but as a word
+    return {(line["cell"], line["item"]): line | {"rewards": [number(x) for x in line["rewards"]]} for line in tail.records}
 
 # %% ../nbs/43d_eval_results.ipynb #d4bb79a9
 def result_of(
@@ -42,9 +43,10 @@ def result_of(
         lines = [items[cell, i] for i in range(size) if (cell, i) in items]
         known, each = [p for line in lines for p in line["patterns"] if p], [s for line in lines for s, e in zip(line["stops"], line["errors"]) if not e]
         tokens = [t for line in lines for t, e in zip(line["tokens"], line["errors"]) if not e]
+        logged = {name: [v for line in lines for v in line.get("metrics", {}).get(name, [])] for name in dict.fromkeys(n for line in lines for n in line.get("metrics", {}))}
         out[cell] = dict(items=len(lines), of=size, format=call_format, estimates={n: asdict(e) for n, e in summary([x["rewards"] for x in lines], _ks(config["k"]), None if config["reward"] == "bfcl_reward" else [x["answers"] for x in lines], same).items()},
                          patterns={name: float(np.mean([bool(p[name]) for p in known])) if known else None for name in PATTERNS},
-                         stops={s: each.count(s) for s in dict.fromkeys(each)}, tokens=None if None in tokens or not tokens else float(np.mean(tokens)))
+                         stops={s: each.count(s) for s in dict.fromkeys(each)}, tokens=None if None in tokens or not tokens else float(np.mean(tokens)), metrics={name: float(np.mean(v)) for name, v in logged.items()})
     missing = config["k"] * sum(c["of"] - c["items"] for c in out.values())
     problem = "; ".join([f"{len(errors)} tries failed, the first: {e}" for e in errors[:1]] + [f"{missing} tries were not made"] * bool(missing))
     return dict(run_dir=str(path), model=config.get("model"), tasks=config.get("tasks"), k=config["k"], complete=not problem, problem=problem or None, failed=len(errors), missing=missing, cells=out)

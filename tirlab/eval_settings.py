@@ -10,23 +10,26 @@ __all__ = ['PROTOCOLS', 'Protocol', 'read_eval_settings', 'settings_text', 'name
 import difflib, hashlib, json, math, os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 # %% ../nbs/45_eval_settings.ipynb #92361206
+import yaml
 from datasets import Dataset
 
 # %% ../nbs/45_eval_settings.ipynb #ce094257
 from .bfcl import BFCLEnvironment, bfcl_reward, bfcl_tasks
 from .calls import RolloutLimits
 from .endpoint import Endpoint
-from .engines import Sampling, end_tokens
+from .engines import Sampling, context_of, end_tokens
 from .environments import PythonEnvironment
-from .eval_runs import Sampler, evaluate_run
+from .eval_runs import evaluate_run
+from .evaluate import Sampler, check_limits, with_padding
 from .mathematics import BENCHMARKS, BOXED, SUFFIXES, math_tasks
-from .presets import read_settings
+from .presets import check_model, read_settings, template_text
 from .rewards import answer_reward, math_equal, math_reward
 from .tasks import ENVIRONMENTS, FAMILIES, make_tasks
 from .tiny import tiny_policy
+from .traces import check_folder
 
 # %% ../nbs/45_eval_settings.ipynb #534ff7ab
 @dataclass(frozen=True)
@@ -47,19 +50,27 @@ PROTOCOLS = {
 # %% ../nbs/45_eval_settings.ipynb #b91ffa7f
 def _truth(v): return {"true": True, "false": False, "1": True, "0": False}[str(v).lower()]
 
+def _mapping(v):
+    "Names and values, from YAML or JSON."
+    found = yaml.safe_load(v) if isinstance(v, str) else v
+    if not isinstance(found, dict): raise ValueError
+    return found
+
 _SETTINGS = {   # key -> type, default, meaning
     "model": (str, None, "name or folder of a checkpoint (the tiny policy); with endpoint, its name there"),
     "tasks": (str, "arithmetic", "arithmetic, lookup, repair or all; gsm8k, math500, aime24, aime25, amc23, hmmt25; FILE.jsonl or .parquet; owner/name on the hub; bfcl/base, bfcl/all, ..."),
     "split": (str, None, "of the tasks (test)"), "ood_tasks": (str, None, "tasks that play content_ood, where tasks has no such split"), "n": (int, None, "number of tasks (64 built-in ones, else all)"),
     "level": (int, None, "difficulty of built-in tasks"), "instruction": (str, None, "system message"), "reward": (str, None, "answer, math or bfcl (as the tasks want it)"),
     "k": (int, 1, "tries of each task"), "preset": (str, None, "protocol of a paper: " + ", ".join(PROTOCOLS)), "format": (str, "chat", "how calls are written: chat, json, xml, fenced or list"),
+    "chat_template": (str, None, "file with a Jinja template in place of the model's own, or its text"),
+    "chat_template_kwargs": (_mapping, None, "further variables for the template, such as {enable_thinking: false}"),
     "ood": (str, None, "another format: evaluates in-distribution and content_ood tasks in both"), "seed": (int, 0, "of the draws"),
     "engine": (str, "generate", "generate, continuous or vllm"), "endpoint": (str, None, "address of an OpenAI-compatible server, such as http://localhost:8000/v1"),
     "key_env": (str, "OPENAI_API_KEY", "variable that holds its key"), "timeout": (float, 600.0, "of one request, seconds"), "retries": (int, 3, "further tries of a request"), "concurrency": (int, 16, "requests at once"),
     "temperature": (float, 1.0, "0 takes the most probable token"), "top_p": (float, 1.0, "nucleus"), "top_k": (int, 0, "0 keeps all"), "min_p": (float, 0.0, "least probability"),
     "max_completion_length": (int, 1024, "tokens of a rollout, observations included"), "max_turn_length": (int, None, "tokens of a turn"), "max_tool_calling_iterations": (int, None, "rounds of calls"),
     "max_observation_chars": (int, 2048, "longer tool output is cut"), "tool_seconds": (float, None, "of one call"), "malformed_calls": (str, "observe", "observe or stop"), "void_turns": (str, "stop", "stop or observe"),
-    "answer_pattern": (str, None, "regular expression of an answer"), "first_call_only": (_truth, False, "end a turn at its first call"), "batch_size": (int, 128, "tries at once"), "device": (str, None, "of the model"),
+    "answer_pattern": (str, None, "regular expression of an answer"), "last_turn_prompt": (str, None, "put behind the last results that the model may have"), "first_call_only": (_truth, False, "end a turn at its first call"), "batch_size": (int, 128, "tries at once"), "device": (str, None, "of the model"),
     "dtype": (str, None, "of the model's weights, such as bfloat16"), "vllm_memory": (float, 0.9, "share of the accelerator's memory for vllm"), "out": (str, None, "run folder (one in runs/, named by the settings)"),
 }
 
@@ -68,18 +79,21 @@ def read_eval_settings(
     words: list[str],   # key=value
 ) -> dict[str, Any]:    # every setting, typed: what was typed over the file config=FILE over the preset over the defaults
     "Settings of an evaluation. Raises: ValueError, in one sentence, for words, names and values that mean nothing; OSError where the file is not."
-    given = read_settings(words, _SETTINGS, "setting")
+    given = {_TRAINING.get(key, key): value for key, value in read_settings(words, [*_SETTINGS, *_TRAINING], "setting").items()}
     name = given.get("preset")
     if name is not None and name not in PROTOCOLS: raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PROTOCOLS)}.")
     typed = {key: _typed(key, value) for key, value in given.items()}
     return {key: default for key, (_, default, _) in _SETTINGS.items()} | (PROTOCOLS[name].sets if name else {}) | typed
+
+_TRAINING = {"call_format": "format", "tool_timeout": "tool_seconds"}   # what `TIRConfig` calls a setting -> its name here
+_WANTED = {_truth: "true or false", int: "a whole number", float: "a number", _mapping: "names with values, such as {enable_thinking: false}"}
 
 def _typed(key, value):
     "A value as its setting wants it."
     kind = _SETTINGS[key][0]
     if value is None or value == "null": return None
     try: return kind(value)
-    except (ValueError, KeyError): raise ValueError(f"{key}={value!r} should be {'true or false' if kind is _truth else {int: 'a whole number', float: 'a number'}[kind]}.") from None
+    except (ValueError, KeyError, TypeError, yaml.YAMLError): raise ValueError(f"{key}={value!r} should be {_WANTED[kind]}.") from None
 
 # %% ../nbs/45_eval_settings.ipynb #67549572
 def settings_text() -> str:
@@ -125,35 +139,44 @@ def eval_cells(
 # %% ../nbs/45_eval_settings.ipynb #d4602e8a
 def _limits(what):
     return RolloutLimits(what["max_completion_length"], what["max_turn_length"], tool_rounds=what["max_tool_calling_iterations"], observation_chars=what["max_observation_chars"], tool_seconds=what["tool_seconds"],
-                         malformed=what["malformed_calls"], void=what["void_turns"], answer_pattern=what["answer_pattern"], first_call_only=what["first_call_only"])
+                         malformed=what["malformed_calls"], void=what["void_turns"], answer_pattern=what["answer_pattern"],
+                         last_turn_prompt=what["last_turn_prompt"], first_call_only=what["first_call_only"])
 
 def eval_sampler(
     what: dict[str, Any],   # of `read_eval_settings`
 ) -> Sampler:
     "The engine that settings name, with its tokenizer; or an endpoint. Raises: ValueError, in one sentence, where it cannot be had."
-    limits = _limits(what)
+    limits, template = _limits(what), template_text(what["chat_template"])
+    check_limits(limits)
     if what["endpoint"]:
         if not what["model"]: raise ValueError("endpoint=... needs model=NAME, the name under which the server knows it.")
-        return Sampler(Endpoint(what["endpoint"], what["model"], what["key_env"], what["timeout"], what["retries"], what["concurrency"]), environment_factory=_WORLD, limits=limits)
+        if template: raise ValueError("endpoint=... renders with the server's own template; leave chat_template out.")
+        more = {"chat_template_kwargs": what["chat_template_kwargs"]} if what["chat_template_kwargs"] else {}
+        there = Endpoint(what["endpoint"], what["model"], what["key_env"], what["timeout"], what["retries"], what["concurrency"], more=more)
+        return Sampler(there, environment_factory=_WORLD, limits=limits)
     from transformers import AutoTokenizer
     if what["engine"] not in ("generate", "continuous", "vllm"): raise ValueError(f"Unknown engine {what['engine']!r}; choose generate, continuous or vllm.")
+    if what["model"] and Path(what["model"]).exists(): check_model(what["model"])
     try: tokenizer = AutoTokenizer.from_pretrained(what["model"] or tiny_policy())
     except (OSError, ValueError) as e: raise ValueError(f"model={what['model']} cannot be loaded: {' '.join(str(e).split()):.200}") from None
+    tokenizer = with_padding(tokenizer)
     engine, ends, context = (_vllm if what["engine"] == "vllm" else _local)(what, tokenizer)
-    return Sampler(engine, tokenizer, ends, _WORLD, limits=replace(limits, context_tokens=context or limits.context_tokens))
+    return Sampler(engine, tokenizer, ends, _WORLD, limits=replace(limits, context_tokens=context or limits.context_tokens), chat_template=template, template_kwargs=what["chat_template_kwargs"])
 
 # %% ../nbs/45_eval_settings.ipynb #161acf69
 def _local(what, tokenizer):
     "transformers, in turn or with continuous batching."
     import torch
     from transformers import AutoModelForCausalLM
-    from tirlab.continuous import ContinuousEngine
+    from tirlab.continuous import ContinuousEngine, fitting_engine
     from tirlab.engines import GenerateEngine
     if what["dtype"] and not isinstance(getattr(torch, what["dtype"], None), torch.dtype): raise ValueError(f"dtype={what['dtype']} is none; choose float32, bfloat16 or float16.")
     device = what["device"] or (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
     try: model = AutoModelForCausalLM.from_pretrained(what["model"] or tiny_policy(), dtype=what["dtype"] or ("float32" if device == "cpu" else "bfloat16")).to(device).eval()
     except (OSError, ValueError) as e: raise ValueError(f"model={what['model']} cannot be loaded: {' '.join(str(e).split()):.200}") from None
-    return ContinuousEngine(model, tokenizer) if what["engine"] == "continuous" else GenerateEngine(model, tokenizer, False), end_tokens(model, tokenizer), getattr(model.config, "max_position_embeddings", None)
+    continuous = fitting_engine(what["engine"], model) == "continuous"
+    engine = ContinuousEngine(model, tokenizer) if continuous else GenerateEngine(model, tokenizer, what["engine"] == "continuous")   # eager rollouts need a thread
+    return engine, end_tokens(model, tokenizer), context_of(model)
 
 def _vllm(what, tokenizer):
     "vLLM in this process."
@@ -172,6 +195,7 @@ def _vllm(what, tokenizer):
 
 # %% ../nbs/45_eval_settings.ipynb #3b4bbdee
 _HOW = ("out", "key_env", "timeout", "retries", "concurrency", "batch_size", "device", "vllm_memory")
+_LATER = ("chat_template", "chat_template_kwargs", "last_turn_prompt")   # settings that older folders do not know
 
 def _weights(path):
     "What a local checkpoint looks like from outside: changes with its files."
@@ -182,7 +206,8 @@ def eval_config(
     what: dict[str, Any],   # of `read_eval_settings`
 ) -> dict[str, Any]:        # what decides its result
     "Settings that an evaluation is known by."
-    config = {k: v for k, v in what.items() if k not in _HOW} | dict(model=what["model"] or "tiny policy")
+    config = {k: v for k, v in what.items() if k not in _HOW and not (v is None and k in _LATER)} | dict(model=what["model"] or "tiny policy")
+    if what["chat_template"]: config["chat_template"] = hashlib.blake2b(template_text(what["chat_template"]).encode(), digest_size=8).hexdigest()   # the file may change
     return config | ({} if what["endpoint"] else {"weights": _weights(what["model"])})
 
 def eval_folder(
@@ -194,8 +219,11 @@ def eval_folder(
 
 def run_eval(
     what: dict[str, Any],   # of `read_eval_settings`
+    begun: Callable = lambda path: None,   # called with the run folder when all checks have passed
 ) -> dict:                  # see `tirlab.eval_runs.result_of`
-    "Evaluate as settings say. Raises: ValueError or RunError, in one sentence, for what cannot work."
+    "Evaluate as settings say. Raises: ValueError or RunError, in one sentence and before anything is sampled, for what cannot work."
+    for key in ("k", "seed", "temperature", "top_p", "top_k", "min_p", "max_completion_length"):
+        if what[key] is None: raise ValueError(f"{key}=null means nothing; give a number, or leave it out.")
     if what["k"] > 1 and what["temperature"] == 0: raise ValueError(f"k={what['k']} tries at temperature 0 are all the same; give k=1, or a temperature.")
     for key in ("temperature", "max_completion_length", "timeout", "batch_size", "concurrency"):
         if not (0 if key == "temperature" else 1e-9) <= what[key] < math.inf: raise ValueError(f"{key}={what[key]} is out of range.")
@@ -203,5 +231,6 @@ def run_eval(
     if name not in _REWARDS: raise ValueError(f"Unknown reward {name!r}; choose one of {', '.join(_REWARDS)}.")
     sampling = Sampling(2**31, what["temperature"], what["top_p"], what["top_k"], what["min_p"])
     same = (lambda a, b: math_equal(f"\\boxed{{{a}}}", b)) if name == "math" else None
-    schedule = "turn" if what["engine"] == "generate" and not what["endpoint"] else "eager"
-    return evaluate_run(eval_folder(what), cells, eval_sampler(what), _REWARDS[name], what["k"], sampling, what["seed"], what["batch_size"], schedule, eval_config(what), same)
+    check_folder(eval_folder(what), resume=True)   # before a model is loaded
+    schedule = "auto" if what["engine"] == "generate" or what["endpoint"] else "eager"
+    return evaluate_run(eval_folder(what), cells, eval_sampler(what), _REWARDS[name], what["k"], sampling, what["seed"], what["batch_size"], schedule, eval_config(what), same, begun=begun)

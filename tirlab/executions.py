@@ -21,7 +21,7 @@ class Limits:
     disk_mb: int = 64          # size of all files; looked at five times a second, so a little more may get through
     files: int = 1000          # number of files and folders, looked at likewise
     threads: int = 64          # number of threads, likewise
-    output_chars: int = 512    # shown to the model; what is longer loses its middle
+    output_chars: int = 2**20  # kept at all, for the memory's sake; how much the model reads is decided by whoever asks it (`max_observation_chars`)
     flood_mb: int = 4          # written to the output before the execution is stopped
 
     def __post_init__(self):
@@ -118,7 +118,7 @@ def reported(report: bytes, exit_code: int, limits: Limits) -> tuple[Status, str
 
 # %% ../nbs/02d_executions.ipynb #8413c0cd
 def conclude(facts: Facts, status: Status, error: str, limits: Limits) -> Execution:
-    "The facts, cut to the length the model is shown."
+    "The facts, cut to the length that is kept."
     text = facts.out[:int(limits.flood_mb * 2**20)].decode("utf-8", "replace")
     shown = cut_middle(text, limits.output_chars)
     answer = facts.answer if facts.answer is None else facts.answer.decode("utf-8", "replace")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'has_answer', 'void_turns', 'void_filter', 'low_prob_filter', 'high_ratio_filter', 'filter_tokens',
-           'filtered_mask', 'loss_tokens', 'baseline_rewards', 'overlong', 'group_verdicts', 'drop_rows', 'BatchPlan',
-           'plan_batch']
+           'filtered_mask', 'loss_tokens', 'baseline_rewards', 'overlong', 'group_verdicts', 'zero_variance',
+           'drop_rows', 'BatchPlan', 'plan_batch']
 
 # %% ../nbs/22_filters.ipynb #2019d241
 import math, re
@@ -117,13 +117,15 @@ def loss_tokens(
     return (completion_mask if tool_mask is None else completion_mask * tool_mask).sum()
 
 # %% ../nbs/22_filters.ipynb #dcb28dc0
+def _floats(rewards): return rewards if rewards.is_floating_point() else rewards.float()
+
 def baseline_rewards(
     rewards: Tensor,             # (N,) or (N, F) rewards of all processes' rollouts
     void: Tensor,                # (N,) bool, rollouts with a void turn
     in_baseline: bool = True,    # whether they count in their group's statistics
 ) -> Tensor:                     # like `rewards`, nan where a rollout does not count
     "Rewards that enter the group's statistics. Source: SimpleTIR's code keeps void rollouts in; False is ours to compare with."
-    return rewards if in_baseline else rewards.masked_fill(void.view(-1, *[1] * (rewards.dim() - 1)), torch.nan)
+    return rewards if in_baseline else _floats(rewards).masked_fill(void.view(-1, *[1] * (rewards.dim() - 1)), torch.nan)
 
 # %% ../nbs/22_filters.ipynb #7f81d77d
 def overlong(
@@ -135,18 +137,18 @@ def overlong(
 # %% ../nbs/22_filters.ipynb #119eed73
 def _verdict(rewards, long, min_std, band, min_valid):
     "Why one group is dropped, or None."
-    scored = rewards[~rewards.isnan()]
+    scored = rewards[rewards.isfinite()]
     if not len(scored): return "unscored"
-    mean, spread = scored.mean().item(), scored.std().item() if len(scored) > 1 else 0.0
+    mean, spread = scored.mean().item(), scored.std().item() if scored.min() < scored.max() else 0.0
     if min_std is not None and spread < min_std: return "zero variance"
     if band and mean < band[0]: return "too hard"
     if band and mean > band[1]: return "too easy"
     if long.all(): return "all overlong"
-    if min_valid is not None and (~long & ~rewards.isnan()).sum() < min_valid: return "too few valid"
+    if min_valid is not None and (~long & rewards.isfinite()).sum() < min_valid: return "too few valid"
 
 # %% ../nbs/22_filters.ipynb #fc65790c
 def group_verdicts(
-    rewards: Tensor,                           # (N,) reward of each rollout, groups in a row; nan where unscored
+    rewards: Tensor,                           # (N,) reward of each rollout, groups in a row; nan or infinite where unscored
     num_generations: int,                      # rollouts of a group
     min_std: float | None = 1e-3,              # smallest standard deviation; None keeps groups without one
     band: tuple[float, float] | None = None,   # smallest and largest mean reward, e.g. (0.1, 0.9); None for any
@@ -154,8 +156,19 @@ def group_verdicts(
     min_valid: int | None = None,              # fewest rollouts that are scored and not cut off, e.g. 4; None for any number
 ) -> list[str | None]:                         # one a group: why it is dropped, or None
     "Which groups teach nothing, and why. Source: SimpleTIR's code (std < 1e-3, acc_filter, remove_clip, min_n), checked in that order."
+    rewards = _floats(rewards)
     long = torch.zeros_like(rewards, dtype=torch.bool) if overlong is None else overlong
     return [_verdict(r, o, min_std, band, min_valid) for r, o in zip(rewards.split(num_generations), long.split(num_generations))]
+
+# %% ../nbs/22_filters.ipynb #12d2f83c
+def zero_variance(
+    rewards: Tensor,        # (N,) reward of each rollout, groups in a row; nan or infinite where unscored
+    num_generations: int,   # rollouts of a group
+) -> Tensor:                # (N / G,) bool, true where all scored rollouts of a group earned the same, or none was scored
+    "Find zero-variance groups, exactly: unscored rollouts do not count. Source: DAPO, arXiv 2503.14476 §3.2, groups of accuracy 0 and 1."
+    groups = _floats(rewards).view(-1, num_generations)
+    scored = groups.isfinite()
+    return groups.masked_fill(~scored, -torch.inf).amax(1) <= groups.masked_fill(~scored, torch.inf).amin(1)
 
 # %% ../nbs/22_filters.ipynb #3580df9d
 def drop_rows(

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 
 # %% ../nbs/01_formats.ipynb #e79d696c
-from .chat_templates import prepare_tokenizer
+from .chat_templates import prepare_tokenizer, training_template
 from .families import family_of, syntax_of, template_syntax, thinking_tags, thought_spans, without_thoughts
 from .observations import observation_ids, reply_ids, taken_apart
 from .syntax import SYNTAXES
@@ -211,7 +211,10 @@ class ChatFormat:
         "Return the tokens of what the user says next, assistant header included; where the turn has not `ended`, its missing end comes first."
         return self._reply(taken_apart(text, self.tokenizer, self.chat_template), ended)
 
-    def _reply(self, text, ended): return reply_ids(self.tokenizer, text, self.chat_template, ended, self.end_tokens, **self.template_kwargs)
+    def _reply(self, text, ended):
+        say = lambda template: reply_ids(self.tokenizer, text, template, ended, self.end_tokens, **self.template_kwargs)
+        try: return say(self.chat_template)
+        except ValueError: return say(training_template(self.tokenizer))   # as Qwen3.5, which drops thoughts when the user speaks, not when a tool answers
 
     def cut(self, ids: list[int], prefix: list[int] = ()) -> list[int]:
         "Return a turn up to the end of its first complete call."

@@ -63,7 +63,8 @@ def last_checkpoint(
 ) -> str | None:          # None where there is none
     "The newest checkpoint that was written to its end."
     needed = ["trainer_state.json"] + ["prompts.json"] * bool(trainer and trainer._batches and trainer._batches.state_dict())
-    whole = [c for c in Path(folder).glob("checkpoint-*") if c.name[11:].isdigit() and all(_reads(c/name) for name in needed)]
+    inside = lambda c: trainer is not None and trainer._inside_a_batch(int(c.name[11:]))   # from there nothing can go on
+    whole = [c for c in Path(folder).glob("checkpoint-*") if c.name[11:].isdigit() and all(_reads(c/name) for name in needed) and not inside(c)]
     return str(max(whole, key=lambda c: int(c.name[11:]))) if whole else None
 
 class _Over(Exception):

@@ -8,7 +8,7 @@ __all__ = ['PLACES', 'FORBIDDEN', 'CHUNK', 'FLOOR', 'Clamp', 'held', 'Bounds', '
 
 # %% ../nbs/33a_interventions.ipynb #37ad02e8
 import math, random
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Iterator
 
@@ -24,7 +24,7 @@ from trl.trainer import utils as fused_head
 from .collapse_signals import legal, metric_name, token_roles
 from .engines import GenerateEngine
 from .probes import control_logprobs, head_dtype, in_place_of_kernel
-from .syntax import JSON
+from .families import CALL_TAGS
 from .trajectory import Trajectory
 
 # %% ../nbs/33a_interventions.ipynb #151cdb21
@@ -109,8 +109,9 @@ def token_id(
 
 def _tags(tokenizer):
     "Tokens that open and close a call, by name; empty where the tokenizer splits them."
-    try: return {m: token_id(m, tokenizer) for m in JSON.markers}
-    except ValueError: return {}
+    for pair in CALL_TAGS:
+        with suppress(ValueError): return {m: token_id(m, tokenizer) for m in pair}
+    return {}
 
 # %% ../nbs/33a_interventions.ipynb #c1c06170
 def bounds_of(
@@ -123,7 +124,7 @@ def bounds_of(
     low = torch.zeros(3, len(tokens), dtype=torch.float64)
     high, names = torch.ones_like(low), list(tokens)
     for c in clamps:
-        if not tags and c.where not in ("start", "everywhere"): raise ValueError(f"where={c.where!r} asks what is inside a call, and this tokenizer splits {' and '.join(JSON.markers)}; clamp at the 'start' or 'everywhere'.")
+        if not tags and c.where not in ("start", "everywhere"): raise ValueError(f"where={c.where!r} asks what is inside a call, and this tokenizer splits {' and '.join(CALL_TAGS[0])}; clamp at the 'start' or 'everywhere'.")
         for state in {s for place in places(c, end) for s in PLACES[place]}:
             k = names.index(c.token)
             low[state, k], high[state, k] = max(low[state, k], c.low), min(high[state, k], c.high)
@@ -140,7 +141,7 @@ def next_state(
     "State in which each row's next token is drawn."
     if not wrote.shape[1]: return wrote.new_zeros(len(wrote))
     at = torch.arange(1, wrote.shape[1] + 1, device=wrote.device)
-    opened, closed = (((wrote == bounds.tags.get(m, -1)) * at).amax(1) for m in JSON.markers)
+    opened, closed = (((wrote == tag) * at).amax(1) for tag in list(bounds.tags.values()) or (-1, -1))
     return 1 + (opened > closed).long()
 
 def turn_states(

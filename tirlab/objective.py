@@ -15,8 +15,8 @@ from fastcore.basics import patch
 
 # %% ../nbs/40g_objective.ipynb #e2dec04a
 from .interventions import clamped_loss, turn_states
-from .recording import step_on_record
-from .signals import extra_loss, kept_advantages
+from .recording import note_dropped, step_on_record
+from .signals import extra_loss, keep_ratios, kept_advantages
 from .trajectory import StopReason, Trajectory
 from .supervision import AuxiliarySFT, lesson_tensors, token_weights_of
 
@@ -38,8 +38,11 @@ def _get_per_token_logps_and_entropies(self: Objective, model, input_ids, attent
         out = super(Objective, self)._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
     if out[1] is not None: self._scores = out[0].detach(), out[1].detach()
     if out[1] is not None and self._in_loss is not None and self.model.training:
-        inputs, mask, self._logp = *self._in_loss, out[0]
-        inputs["advantages"] = kept_advantages(self.args, out[0], inputs, mask, self.state.global_step)
+        self._logp = out[0]
+        self._drop_high_ratios(out[0])
+        inputs, mask = self._in_loss
+        draw = self.state.global_step, self._step % self.current_gradient_accumulation_steps, self.accelerator.process_index
+        inputs["advantages"] = kept_advantages(self.args, out[0], inputs, mask, draw)
         if "shown" in inputs: inputs |= self._as_shown(inputs, out[0])
     return out
 
@@ -58,14 +61,22 @@ def _compute_loss(self: Objective, model, inputs):
     self._in_loss = given, mask
     try:
         with self._watch.during(model): loss = super(Objective, self)._compute_loss(model, given)
+        kept = self._in_loss[1]
     finally: self._in_loss = None
-    loss, self._logp = loss + self._extra_loss(inputs, mask) + self._lesson_loss(model), None
-    if self.model.training: self._signal = self._signal or bool((inputs["advantages"].reshape(len(mask), -1) * mask).any())
+    loss, self._logp = loss + self._extra_loss(inputs, kept, mask) + self._lesson_loss(model), None
+    if self.model.training: self._note_gradients(given, kept)
     self._log_gap(inputs)
     columns = self._look(given)
-    if self._recorder and "record" in inputs and self._recorder.score(inputs["record"].tolist(), *self._scores, step_on_record(self), **columns):
+    if self._recorder and "record" in inputs and self._recorder.score(inputs["record"].tolist(), *self._scores, step_on_record(self), **columns) and not self._may_still_drop():
         self._recorder.write(gather_object)
     return loss
+
+@patch
+def _note_gradients(self: Objective, inputs, mask):
+    "Note whether any rollout of this part has a gradient, and for each that has none why."
+    has = (inputs["advantages"].reshape(len(mask), -1) * mask).ne(0).any(1).tolist()
+    self._signal = self._signal or any(has)
+    self._without += [None if h else self._reasons[row] for h, row in zip(has, inputs["row"].tolist())]
 
 @patch
 def _look(self: Objective, inputs):
@@ -78,12 +89,32 @@ def _look(self: Objective, inputs):
     return columns
 
 @patch
-def _extra_loss(self: Objective, inputs, mask):
+def _extra_loss(self: Objective, inputs, mask, counted):
     "KL-Cov and the likelihood of successes, weighed as TRL weighs its policy loss; nothing in evaluation."
     if not self.model.training: return 0.0
     accumulation = self.current_gradient_accumulation_steps
-    return extra_loss(self.args, self._logp, inputs, mask, num_items=inputs.get("num_items_in_batch"), accumulation=accumulation,
+    return extra_loss(self.args, self._logp, inputs, mask, counted, num_items=inputs.get("num_items_in_batch"), accumulation=accumulation,
                       windows=self.accelerator.num_processes * self.args.steps_per_generation / accumulation)
+
+# %% ../nbs/40g_objective.ipynb #794d18d5
+@patch
+def _drop_high_ratios(self: Objective, logp):
+    "Take the advantages, and what else of the loss, from rollouts that have moved too far since the step before; note the reason."
+    inputs, mask = self._in_loss
+    if (found := keep_ratios(self.args, logp, inputs.get("old_per_token_logps"), mask)) is None: return
+    keep, reasons = found
+    advantages = inputs["advantages"]
+    inputs["advantages"] = advantages * (keep.any(1) if advantages.dim() == 1 else keep)
+    self._in_loss = inputs, mask * keep
+    self._reasons |= {row: r for row, r in zip(inputs["row"].tolist(), reasons) if r}
+    if self._recorder and "record" in inputs: note_dropped(self._recorder, inputs["record"].tolist(), reasons)
+    dropped = sum(gather_object([sum(r is not None for r in reasons)]))
+    self._metrics["train"]["filter/high_ratio_rollouts"].append(dropped / (len(reasons) * self.accelerator.num_processes))
+
+@patch
+def _may_still_drop(self: Objective):
+    "Whether a later step on the batch may drop a rollout of it."
+    return self.args.void_filter == "high_ratio" and (self._step + self.model.training) % (self.args.steps_per_generation * self.num_iterations) != 0
 
 # %% ../nbs/40g_objective.ipynb #5eb5c248
 @patch

@@ -159,7 +159,7 @@ class Replay:
     ):
         "Keep the rollout if it succeeded."
         if not (trajectory.turns and trajectory.own and reward > self.threshold): return
-        bare = replace(trajectory, turns=[replace(t, logprobs=None) for t in trajectory.turns])
+        bare = replace(trajectory, turns=[replace(t, logprobs=None, results=[replace(r, value=None) for r in t.results]) for t in trajectory.turns])   # its scores are known
         self.kept.setdefault(task, deque(maxlen=self.size)).append((bare, float(reward), list(scores)))
 
     def replacement(self,

@@ -20,7 +20,7 @@ import httpx
 from .demonstrations import _said_ids, truth
 from .environments import environment_tools
 from .formats import make_format
-from .syntax import syntax_of
+from .families import syntax_of
 from .tasks import ENVIRONMENTS, is_correct
 from .trajectory import StopReason, ToolCall, Trajectory, Turn, TurnKind
 from .writers import without_thoughts

@@ -105,10 +105,10 @@ def format_reward(
 
 # %% ../nbs/20_rewards.ipynb #0651a1bb
 def call_failed(
-    content: str,   # what a tool answered
+    content: str | list,   # what a tool answered: text, or the list that it returned
 ) -> bool:
     "Whether an answer reports a failure: an error as TRL writes it, or a line that names a Python exception."
-    return content.startswith("{'error': ") or bool(re.search(r"^[\w.]*(Error|Exception|SystemExit|KeyboardInterrupt)(:|$)", content, re.M))
+    return str(content).startswith("{'error': ") or bool(re.search(r"^[\w.]*(Error|Exception|SystemExit|KeyboardInterrupt)(:|$)", str(content), re.M))
 
 # %% ../nbs/20_rewards.ipynb #a4479d21
 def tool_rewards(

@@ -6,6 +6,7 @@
 __all__ = ['Rolling', 'tools_of_the_task', 'bring_tools']
 
 # %% ../nbs/40f_rolling.ipynb #4f81abc6
+import warnings
 from collections import defaultdict
 from dataclasses import replace
 
@@ -17,10 +18,11 @@ from fastcore.basics import patch
 # %% ../nbs/40f_rolling.ipynb #75a8abd8
 from .engines import EngineError, context_of
 from .config import rollout_limits
-from .environments import environment_tools, offered_tools
-from .formats import make_format
+from .environments import check_environment, environment_tools, offered_tools, reset_environment
+from .formats import make_format, tool_schemas
+from .guards import check_asked, naming_the_row
 from .recording import step_on_record
-from .rollout import rollout_metrics, rollouts
+from .rollout import failing_tools, rollout_metrics, rollouts
 from .sampler import gathered, keep_up, make_engine, sampling_of, trl_engine
 from .supervision import Hints, Plan, hinted, make_plan
 from .trajectory import ToolError
@@ -45,7 +47,8 @@ def tools_of_the_task(
 def bring_tools(
     environment_factory: object,   # as for the trainer
 ) -> bool:
-    "Whether any of the environments lists its tools itself."
+    "Whether any of the environments lists its tools itself. Raises: ValueError where one is no class, or cannot be reset, see `check_environment`."
+    check_environment(environment_factory)
     many = environment_factory.values() if isinstance(environment_factory, dict) else [environment_factory] if environment_factory else []
     return any(hasattr(f if isinstance(f, type) else f(), "_tools") for f in many)
 
@@ -134,13 +137,15 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
         if not t.turns: prompt_ids[i] = prompt_ids[i][-1:]   # TRL holds the same list: a prompt longer than the context must not reach the model
     for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)
     self._check_failures(num_generations)
+    if mode == "train" and not self._checked and (said := failing_tools(batch)): warnings.warn(said, stacklevel=2)
     self._log_rollouts(clock)
     self._retire_environments()
     return self._first_turns()
 
 @patch
 def _first_turns(self: Rolling):
-    "What TRL takes for first turns: with tools stand-ins, since `_tool_call_loop` hands over the real ones."
+    "What TRL takes for first turns: with tools, or environments that reply, stand-ins, since `_tool_call_loop` hands over the real ones."
+    if not self.tools and any(hasattr(e, "_reply") for e in self.environments or []): self.tools = [tools_of_the_task]   # until `_generate` is done
     if self.tools: return [[self._tokenizer.eos_token_id]] * len(self._batch), None
     first = [t.turns[0].ids if t.turns else [self._tokenizer.pad_token_id] for t in self._batch]
     return first, _known(self._batch, first)
@@ -167,11 +172,17 @@ def _tool_call_loop(self: Rolling, prompts, prompt_ids, completion_ids, completi
     completions = [t.completion_ids or pad for t in batch]
     return ([t.mask or [0] for t in batch], messages, completions, _known(batch, completions), len(results), sum(r.error is not None for r in results), [[] for _ in batch])
 
+@patch
+def _calculate_rewards(self: Rolling, inputs, prompts, completions, completion_ids_list):
+    "TRL's, of messages in which a list that a tool returned is that list; what TRL logs, and gathers over processes, is text."
+    if self.tools: completions = [t.reward_messages or c for t, c in zip(self._batch, completions)]
+    return super(Rolling, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
 # %% ../nbs/40f_rolling.ipynb #94931a4c
 @patch
 def _renew_environment(self: Rolling, i):
     "Reset the environment of a rollout that begins again, as TRL reset it."
-    self.environments[i].reset(**{k: v for k, v in self._inputs[i].items() if not (self._multi_environment and k == "environment")})
+    reset_environment(self.environments[i], {k: v for k, v in self._inputs[i].items() if not (self._multi_environment and k == "environment")}, i)
 
 @patch
 def _retire_environments(self: Rolling):
@@ -193,9 +204,17 @@ class _Scored(Exception):
     "All that was wanted of TRL is known."
 
 @patch
+def _schemas(self: Rolling):
+    "What the model is told of each environment's tools, for TRL makes it anew for every row; None where there are no environments."
+    return {name: tool_schemas(tools) for name, tools in self._env_tools.items()} if self.environment_factories else None
+
+@patch
 def _generate(self: Rolling, prompts):
     "TRL's; while rows are only sampled, scores them and stops there."
-    out = super(Rolling, self)._generate(prompts)
+    check_asked(self._inputs, prompts)
+    tools, self._env_tools, told = self.tools, self._schemas(), getattr(self, "_env_tools", None)
+    try: out = super(Rolling, self)._generate(prompts)
+    finally: self.tools, self._env_tools = tools, told
     if self._sampling is None: return out
     self._calculate_rewards(self._sampling, prompts, out[3], out[1])
     raise _Scored
@@ -206,7 +225,8 @@ def _sample(self: Rolling, rows):
     kept, seen, self._sampling = self._metrics["train"], self.state.num_input_tokens_seen, rows
     self._inputs = rows
     self._metrics["train"] = defaultdict(list)
-    try: super(Rolling, self)._generate_and_score_completions(rows)
+    try:
+        with naming_the_row(): super(Rolling, self)._generate_and_score_completions(rows)
     except _Scored: pass
     finally: logged, self._metrics["train"], self._sampling = self._metrics["train"], kept, None
     for name, values in logged.items():

@@ -81,6 +81,7 @@ def shaped_outcomes(
     if len(outcome) % group_size: raise ValueError(f"{len(outcome)} rollouts do not make whole groups of {group_size}.")
     if not ((outcome == 0) | (outcome == 1) | outcome.isnan()).all():
         raise ValueError("Shaping fills the space between a wrong answer, 0, and a right one, 1; give outcomes of 0, 1 or nan.")
+    outcome = outcome if outcome.is_floating_point() else outcome.float()
     table = outcome.reshape(-1, group_size)
     mixed = (table == 1).any(1) & (table == 0).any(1)
     if not mixed.any(): return outcome.clone()

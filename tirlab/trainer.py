@@ -6,7 +6,7 @@
 __all__ = ['SkipEmptySteps', 'ForgetMoments', 'TIRTrainer']
 
 # %% ../nbs/41_trainer.ipynb #03c7e73d
-import json, os, warnings
+import json, math, os, warnings
 from contextlib import contextmanager, nullcontext
 from typing import Any, Callable
 
@@ -21,18 +21,21 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 # %% ../nbs/41_trainer.ipynb #84a219db
 from .advantages import BY_TURN, spread_to_tokens
-from .batches import Batches, task_name, total_rewards
+from .batches import Batches, finite_rewards, task_name, total_rewards
+from .checks import check_arguments, check_batch, check_format, check_pattern, check_prompts, check_references, check_reset, saying_call_format
 from .collapse import CollapseMonitor
 from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
+from .continuous import fitting_engine
 from .demonstrations import demonstrate, is_whole
 from .drift import assert_masks
 from .engines import context_of
 from .environments import check_tool
-from .filters import filtered_mask, loss_tokens, overlong
-from .formats import make_format, tool_schemas
+from .filters import filtered_mask, loss_tokens, overlong, zero_variance
+from .formats import make_format
+from .guards import guarded, naming_the_row
 from .objective import Objective
 from .interventions import Clamp, bounds_of, turn_states
-from .recording import free_folder, record_left_out, recording, row_fields
+from .recording import UNSCORED, ZERO_VARIANCE, EmptySteps, OneHistory, free_folder, record_left_out, recording, row_fields, write_down
 from .rolling import Rolling, bring_tools, tools_of_the_task
 from .sampler import calls_as_text, make_canary
 from .prompts import Replay
@@ -53,7 +56,7 @@ def _nothing_left_behind(folder):
         raise
 
 class SkipEmptySteps(TrainerCallback):
-    "Leaves the optimiser alone where no token has a gradient: Adam would go on along the last gradients, and its moments would decay. Measured in nbs/experiments/02_zero_signal."
+    "With `skip_empty_steps`, leaves the optimiser alone where no token has a gradient: Adam would go on along the last gradients, and its moments would decay. Measured in nbs/experiments/02_zero_signal."
     def __init__(self,
         trainer: Any,   # TIRTrainer, which notes whether a step has any signal
     ): self.trainer = trainer
@@ -62,6 +65,8 @@ class SkipEmptySteps(TrainerCallback):
         signal, self.trainer._signal = self.trainer._signal, False
         params = [p for p in self.trainer.model.parameters() if p.grad is not None]
         empty = not any(gather_object([signal or any(p.grad.any().item() for p in params)]))
+        self.trainer._empty = empty
+        if not args.skip_empty_steps: return
         self.trainer._metrics["train"]["skipped_steps"].append(float(empty))
         if empty and not (args.fp16 and not args.max_grad_norm):   # there the scaler would miss its gradients
             for p in params: p.grad = None
@@ -93,10 +98,13 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         supervision: list[Signal] | None = None,    # OffPolicy, Hints, Replay, AuxiliarySFT: rollouts that are shown, told or remembered
         **kwargs,                            # callbacks, optimizers, peft_config, ...: as for GRPOTrainer
     ):
-        args, rewards = args or TIRConfig(), reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        if not isinstance(args, TIRConfig): raise ValueError(f"args is a {type(args).__name__}; TIRTrainer takes a TIRConfig, which has all of GRPOConfig's arguments.")
-        if kwargs.get("rollout_func"): raise ValueError("rollout_func replaces the rollouts that TIRTrainer makes; use TRL's GRPOTrainer with it.")
+        args, model = args or TIRConfig(), os.fspath(model) if isinstance(model, os.PathLike) else model
+        check_arguments(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, tools, environment_factory, dict(interventions=interventions, supervision=supervision, **kwargs))
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         for dataset in (train_dataset, eval_dataset): check_columns(dataset, rewards, environment_factory)
+        check_batch(args, train_dataset, eval_dataset)
+        check_references(train_dataset, rewards)
+        check_pattern(args, train_dataset)
         for tool in tools or []: check_tool(tool)
         if args.trace and args.run_dir: check_folder(args.run_dir, resume=True)
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -107,18 +115,20 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         check_tokenizer(processing_class, name, talks or bool(tools or environment_factory))
         self.engine_name, self.schedule = engine_of(args)
         self._brings_tools = bring_tools(environment_factory)
-        with warnings.catch_warnings(), _nothing_left_behind(args.output_dir):
+        with warnings.catch_warnings(), _nothing_left_behind(args.output_dir), saying_call_format():
             warnings.filterwarnings("ignore", ".*environment_factory.*experimental")   # pinned, and held to TRL's behaviour by tests/test_parity.py
             with calls_as_text(processing_class) if args.call_format else nullcontext(): super().__init__(model, list(filter(None, rewards)), args, train_dataset, eval_dataset, processing_class, tools=[*(tools or []), tools_of_the_task] if self._brings_tools else tools,
                              environment_factory=environment_factory, **kwargs)
+            self.engine_name = fitting_engine(self.engine_name, self.model)   # known only now
             for tool in self.tools: check_tool(tool)
             check_budget(args.max_completion_length, self._tokenizer, self.tools)
+            self._check_rollouts(train_dataset)
             self.supervision = supervision or []
             check_supervision(self.supervision, args, train_dataset, self.engine_name, context_of(self.model), self._tokenizer)
-            if self.environment_factories: self._env_tools = {name: tool_schemas(tools) for name, tools in self._env_tools.items()}   # TRL makes them anew for every row
         self.run_dir, self._recorder, self._batch, self._scores, self._rows_of_step = args.run_dir, None, [], None, None
         self._sampler, self._drawn, self._checked, self._in_loss, self._logp, self._signal, self._round, self._ended = None, {}, False, None, None, False, 0, None
         self._offset, self._total = 0, None   # steps done in earlier rounds, and in all rounds, where there are rounds
+        self._empty, self._reasons, self._without = False, {}, []   # whether the step has no gradient; why a row of the batch may have none; the reasons of a step's rows
         self.bounds = None
         self.intervene(interventions)
         self.mask_truncated_completions = False   # judged by the stop reason, in `_leave_out`; TRL looks at the last token
@@ -129,7 +139,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         self._batches = Batches(args, train_dataset, self.reward_weights, self.accelerator.process_index, self.accelerator.num_processes, gather_object, next((s for s in self.supervision if isinstance(s, Replay)), None)) if train_dataset is not None else None
         for monitor in self.callback_handler.callbacks:
             if isinstance(monitor, CollapseMonitor): monitor.trainer = self
-        if args.skip_empty_steps: self.add_callback(SkipEmptySteps(self))
+        for callback in (SkipEmptySteps(self), EmptySteps(self), OneHistory(self)): self.add_callback(callback)
         if args.reset_optimizer_steps: self.add_callback(ForgetMoments(self))
         self._canary, self._rolled = make_canary(self), {}
         markers = make_format(args.call_format, self._tokenizer, self.tools).control_ids
@@ -137,6 +147,18 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         self._watch = Watch(make_probe(args, markers), args, self._tokenizer.eos_token)
         if not isinstance(model, str) and self.ref_model is not None and not self.is_fsdp_enabled:   # TRL loads it from the disk, which knows nothing of what came before
             SyncRefModelCallback.sync_target_model(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model), 1.0)
+
+# %% ../nbs/41_trainer.ipynb #c4e1d0aa
+@patch
+def _check_rollouts(self: TIRTrainer, train_dataset):
+    "Refuse, before anything is sampled, what would end a rollout: rows that `reset` does not take, prompts and answers that cannot be rendered."
+    check_prompts(self.args, train_dataset, self.tools)
+    columns = getattr(train_dataset, "column_names", None)
+    environments = [pool[0] for pool in self._environment_pool.values()] if self.environment_factories else []
+    for environment in environments if columns else []: check_reset(environment, [c for c in columns if not (self._multi_environment and c == "environment")])
+    format = make_format(self.args.call_format, self._tokenizer, self.tools, self.chat_template, self.chat_template_kwargs, self.eos_token_ids)
+    check_format(format, any(hasattr(e, "_reply") for e in environments))
+
 
 # %% ../nbs/41_trainer.ipynb #aac08758
 @patch
@@ -177,14 +199,22 @@ def _load_optimizer_and_scheduler(self: TIRTrainer, checkpoint):
 # %% ../nbs/41_trainer.ipynb #3692e867
 @patch
 def _calculate_rewards(self: TIRTrainer, inputs, prompts, completions, completion_ids_list):
-    "TRL's rewards of all processes, (N, F), without those of rollouts that failed; kept for `_credit` and the record."
+    "TRL's rewards of all processes, (N, F), without those of rollouts that failed; kept as given for the record, and handed on without infinite ones."
     if self._filled:
         self._rewards = self._filled.scores
-        return self._rewards
-    rewards = super(TIRTrainer, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return finite_rewards(self._rewards, self.reward_weights)
+    functions = self.reward_funcs
+    try:
+        self.reward_funcs = [guarded(f, name) for f, name in zip(functions, self.reward_func_names)]
+        rewards = super(TIRTrainer, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+    finally: self.reward_funcs = functions
     failed = torch.tensor([not t.turns for t in self._batch], device=rewards.device)
     self._rewards = rewards.masked_fill(self.accelerator.gather(failed)[:, None], torch.nan)
-    return self._rewards
+    finite = finite_rewards(self._rewards, self.reward_weights)
+    if names := [f"`{n}`" for n, lost in zip(self.reward_func_names, (self._rewards.isinf() & finite.isnan()).any(0).tolist()) if lost]:
+        warnings.warn(f"Reward function {', '.join(names)} gave an infinite reward: such a rollout counts as unscored, without an advantage and outside its group's mean; "
+                      "return a finite number.", stacklevel=2)
+    return finite
 
 # %% ../nbs/41_trainer.ipynb #109fa907
 @patch
@@ -217,7 +247,7 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     "TRL's batch, with the credit and without the tokens that the arguments say, and a number a row by which the loss finds its record."
     if self.model.training: self._take_bounds()
     self._inputs = inputs = self._choose(inputs)
-    output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
+    with naming_the_row(): output = super(TIRTrainer, self)._generate_and_score_completions(inputs)
     if self.bounds: output["states"] = turn_states(self._batch, output["completion_ids"].shape[1], self.bounds).to(output["completion_mask"].device)
     if self._filled:   # TRL reset the environments once more
         for environment in self.environments or []: getattr(environment, "_close", lambda: None)()
@@ -240,6 +270,9 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     elif own and turns: output["advantages"] = by_turn[:, 0]
     if own: self._relog_advantages(by_turn, len(advantages))
     dropped = self._leave_out(output, self._local(reasons)) if self.model.training else [None] * len(self._batch)
+    if self.model.training:
+        unscored = self._local(total_rewards(self._rewards, self.reward_weights).isnan()).tolist()
+        self._reasons = {i: d or (UNSCORED if u else ZERO_VARIANCE) for i, (d, u) in enumerate(zip(dropped, unscored))}
     if self._weighs and self.model.training: output["shown"] = torch.tensor([t.origin == "demonstration" for t in self._batch], device=failed.device)
     if self.model.training: self._lessons = self._show(inputs)
     names = [str(i) for i in range(len(inputs))]
@@ -269,10 +302,11 @@ def _log_own(self: TIRTrainer):
 
 @patch
 def _level(self: TIRTrainer, by_turn, output):
-    "Advantages by turn, exactly 0, in the batch too, where all of a group earned the same."
+    "Advantages by turn, exactly 0, in the batch too, where all scored rollouts of a group earned the same."
     size = self.num_generations if self.model.training else self.num_generations_eval
-    groups = total_rewards(self._rewards, self.reward_weights).view(-1, size)
-    level = self._local((groups == groups[:, :1]).all(1).repeat_interleave(size))
+    each = self.args.multi_objective_aggregation == "normalize_then_sum"   # there every reward function is compared by itself
+    columns = finite_rewards(self._rewards, self.reward_weights).T if each else [total_rewards(self._rewards, self.reward_weights)]
+    level = self._local(torch.stack([zero_variance(c, size) for c in columns]).all(0).repeat_interleave(size))
     output["advantages"] = output["advantages"].masked_fill(level, 0)
     return by_turn.masked_fill(level[:, None], 0)
 
@@ -289,8 +323,7 @@ def _relog_advantages(self: TIRTrainer, by_turn, n):
 def _leave_out(self: TIRTrainer, output, groups):
     "Take what the arguments say out of the loss; the reason for each row, None where it stays as it was."
     logps, old, mask = output.get("sampling_per_token_logps"), output.get("old_per_token_logps"), output["completion_mask"] * output.get("tool_mask", 1)
-    ratios = torch.ones_like(mask, dtype=torch.float32) if logps is None or old is None else (old - logps).exp()
-    keep, reasons = keep_tokens(self.args, self._batch, mask, groups, logps if logps is not None else old, ratios)
+    keep, reasons = keep_tokens(self.args, self._batch, mask, groups, logps if logps is not None else old)
     mode = self._metrics["train"]
     mode["filter/dropped_rollouts"].append(sum(gather_object([not row.any().item() for row in keep])))
     if not any(gather_object(reasons)): return reasons   # all processes or none: what follows is collective
@@ -334,6 +367,7 @@ def _open_records(self: TIRTrainer, inputs, by_turn, rewards, advantages, droppe
 @patch
 def log(self: TIRTrainer, logs, start_time=None):
     "TRL's log; the same numbers go to the run folder."
+    if self.log_completions: write_down(self._logs)
     super(TIRTrainer, self).log(logs, start_time)
     if not self._recorder or not self.is_world_process_zero(): return
     evaluation = any(k.startswith("eval_") for k in logs)
@@ -341,12 +375,46 @@ def log(self: TIRTrainer, logs, start_time=None):
     self._recorder.writer.log(step, {k.removeprefix("eval_"): v for k, v in logs.items()}, "eval" if evaluation else "train")
     self._recorder.beat(step)
 
+# %% ../nbs/41_trainer.ipynb #81deffb8
+@patch
+def _steps_a_batch(self: TIRTrainer):
+    "Optimiser steps after which a batch and a step end together."
+    every = self.args.steps_per_generation * self.num_iterations
+    return every // math.gcd(every, self.args.gradient_accumulation_steps)
+
+@patch
+def _inside_a_batch(self: TIRTrainer, step):
+    "Whether a step ends inside a batch; every epoch begins with a new one."
+    every, accumulation = self.args.steps_per_generation * self.num_iterations, self.args.gradient_accumulation_steps
+    rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
+    parts = rows // (self.args.generation_batch_size // self.num_generations) * every   # of an epoch
+    return (step % math.ceil(parts / accumulation) if parts else step) * accumulation % every != 0
+
+@patch
+def _whole_checkpoint(self: TIRTrainer, given):
+    "The checkpoint to go on from; for True, the newest that lies between batches. Raises: ValueError where there are only others."
+    args, n = self.args, self._steps_a_batch()
+    batch = f"with steps_per_generation={args.steps_per_generation}, num_iterations={self.num_iterations} and gradient_accumulation_steps={args.gradient_accumulation_steps} batches end every {n} steps"
+    advice = f"set save_steps to a multiple of {n}, such as {math.ceil(max(args.save_steps, 1) / n) * n}"
+    if not given:
+        if n > 1 and args.save_strategy == "steps" and args.save_steps >= 1 and args.save_steps % n:
+            warnings.warn(f"save_steps={args.save_steps:g} saves checkpoints inside a batch, from which training cannot go on: {batch}; {advice}.", stacklevel=3)
+        return given
+    step = lambda path: int(path.rpartition("-")[2])
+    inside = lambda path: path.rpartition("-")[2].isdigit() and self._inside_a_batch(step(path))
+    found = sorted((os.path.join(args.output_dir, f) for f in os.listdir(args.output_dir) if f.startswith("checkpoint-") and f[11:].isdigit()), key=step, reverse=True) if given is True else [given]
+    whole = [path for path in found if not inside(os.path.normpath(path))]
+    if found and not whole: raise ValueError(f"{found[0]} lies inside a batch, whose rollouts it does not hold: {batch}. Resume from a checkpoint at a multiple of {n}, and {advice}.")
+    if whole and whole[0] != found[0]: warnings.warn(f"{found[0]} lies inside a batch ({batch}), so training goes on from {whole[0]}; {advice}.", stacklevel=3)
+    return whole[0] if whole else given
+
 # %% ../nbs/41_trainer.ipynb #f9ab3b37
 @patch
 def train(self: TIRTrainer, resume_from_checkpoint=None, **kwargs):
     "TRL's, recorded in the run folder."
+    resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
     resume = bool(resume_from_checkpoint)
-    self._checked = False
+    self._checked, self._step, self._buffered_inputs = False, 0, None   # what is left of a batch belongs to the training before
     self._renew()
     if self.state.global_step and self.run_dir and not (resume or self._recorder): self.run_dir, self._rows_of_step = free_folder(self.run_dir), None
     with recording(self, resume, training=True): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

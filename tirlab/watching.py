@@ -83,4 +83,5 @@ class Watch:
         signal: str,     # name of a metric of the last step
     ) -> list[dict]:     # as `tirlab.collapse.culprits`
         "Tokens of this process behind a signal."
-        return culprits(signal, *self._last, self.probe.tokens, self.end) if self._last and not self.probe.off else []
+        if not self._last or self.probe.off: return []
+        return culprits(signal, *self._last, self.probe.tokens, self.end, answered=has_answer(self.args.answer_pattern))
