@@ -194,7 +194,9 @@ _LISTS = {f.name for f in fields(TIRConfig) if "list" in str(f.type)}
 
 def _parser(config, prefix=""):
     "A parser that says in one sentence what is wrong."
+    types = {f: f.type for f in fields(config)}
     parser = HfArgumentParser(config)
+    for f, kind in types.items(): f.type = kind   # it changes the class, for everybody
     def refuse(message): raise ValueError(re.sub(r"argument --(\w+)[^:]*", rf"{prefix}\1", message).rstrip(".") + ".")
     parser.error = refuse
     return parser
