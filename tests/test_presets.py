@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,6 +259,12 @@ def test_what_is_typed_wins_over_the_file_and_the_file_over_the_preset(tmp_path)
     assert args.vllm_servers == ["http://a:1", "http://b:2"] and args.void_filter == "trajectory"
 
 
+def test_reading_settings_changes_nothing_for_others():
+    before = [f.type for f in fields(TIRConfig)]
+    train_config({"learning_rate": "1e-4"})
+    assert [f.type for f in fields(TIRConfig)] == before and TIRConfig().learning_rate == 1e-6
+
+
 @pytest.mark.parametrize("words,said", [
     (["recipe=ppo"], "Unknown recipe 'ppo'"),
     (["gama=1"], "Unknown argument 'gama'; the nearest is gamma."),
@@ -307,7 +314,6 @@ def test_train_from_the_command_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("given,rate,said", [
     (dict(recipe="simpletir"), 3e-4, "at which the tiny policy was seen to learn; 1e-06, of SimpleTIR, is for Qwen2.5-7B."),
     (dict(recipe="gtpo"), 3e-4, "at which the tiny policy was seen to learn."),
-    (dict(recipe="empo"), 3e-5, "at which the tiny policy was seen to learn."),
     (dict(recipe="simpletir", model=tiny_policy()), 3e-4, "at which the tiny policy"),
     (dict(recipe="simpletir", model="some/model"), 1e-6, "of SimpleTIR, for Qwen2.5-7B; set another with learning_rate="),
     (dict(recipe="gtpo", model="some/model"), 1e-6, "TRL's default, since the recipe gives none; set another"),
@@ -332,7 +338,8 @@ def test_every_recipe_was_seen_to_learn():
     kept = json.loads((ROOT / "nbs/experiments/results/recipes.json").read_text())["recipes"]
     assert kept.keys() == PRESETS.keys()
     for name, m in kept.items():
-        assert m["learning_rate"] == preset_sets(dict(recipe=name))["learning_rate"] and m["after"] > m["before"] + 0.05, name
+        learnt = m["reward"][1] > m["reward"][0] + 0.1 if name == "empo" else m["after"] > m["before"] + 0.1      # it rewards agreement, right or wrong
+        assert m["learning_rate"] == preset_sets(dict(recipe=name))["learning_rate"] and learnt, name
 
 
 def test_train_says_whose_rate_it_is_and_what_had_no_effect(tmp_path, capsys):
@@ -351,7 +358,7 @@ def test_train_says_whose_rate_it_is_and_what_had_no_effect(tmp_path, capsys):
 
 @pytest.mark.parametrize("options,wanted", [
     (dict(void_filter="trajectory"), ["void_filter='trajectory' had no effect in 1 steps: none of 8 rollouts has a void turn, for without an answer_pattern any text is an answer."]),
-    (dict(void_filter="trajectory", answer_pattern="85"), []),
+    (dict(void_filter="trajectory", answer_pattern=r"\d\d\d"), []),
     (dict(min_reward_std=1e-3), ["min_reward_std=0.001 had no effect in 1 steps: none of 2 groups varies less."]),
     (dict(accuracy_band=[0.3, 1.0]), []),
     (dict(code_shaping=0.5), []),

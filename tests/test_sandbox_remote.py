@@ -117,6 +117,17 @@ def http_server():
     with serving(server): yield server
 
 
+@pytest.mark.parametrize("port", [99999, 65536, -1, "8080", 1.5, True])
+def test_a_port_that_is_none_is_refused_in_one_sentence(port):
+    with pytest.raises(ValueError, match="is not a whole number from 1 to 65535, or 0 for a free one"): sandbox_server(port=port)
+
+
+@pytest.mark.parametrize("host,port", [("127.0.0.1", None), ("no host of ours", 0)])
+def test_where_nobody_can_listen_it_says_so(host, port, http_server):
+    with pytest.raises(OSError, match=rf"Nobody can listen on {host}, port \d+ \(.*\); choose another port") as e: sandbox_server(host, http_server.server_port if port is None else port, token="t")
+    assert "\n" not in str(e.value)
+
+
 def works(server): return str(remote(f"http://127.0.0.1:{server.server_port}")("37 + 48", Limits())) == "85"
 
 

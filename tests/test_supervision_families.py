@@ -1,36 +1,37 @@
 """Supervision with the templates of other model families: right calls, hints, old successes and rows for SFT hold in each, in its own way of writing calls and as text."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from test_drift import ends_of, tokenizer
 
 from tirlab.calls import RolloutLimits
 from tirlab.demonstrations import demonstrate, is_whole
-from tirlab.drift import usable_format
+from tirlab.environments import environment_tools
+from tirlab.formats import make_format
 from tirlab.prompts import Replay
 from tirlab.rewards import answer_reward
 from tirlab.sft_rows import sft_rows
 from tirlab.supervision import Hints, hint_lines, hint_text, hinted
 from tirlab.tasks import ENVIRONMENTS, make_tasks
-from tirlab.environments import environment_tools
 
 FAMILIES = ["qwen2_5", "qwen3", "qwen3_training", "qwen3_5_think", "llama3_1", "gptoss", "glm4moe", "gemma4", "lfm2_2_5", "nemotron_3_nano"]
-AS_TEXT = ["qwen2_5", "qwen3_5_think", "llama3_1", "glm4moe", "gemma4", "lfm2_2_5"]      # calls in a syntax of ours; a template that renders anew is refused until TRL's is used
-WAYS = [(f, None) for f in FAMILIES] + [(f, s) for f in AS_TEXT for s in ("json", "xml", "fenced", "list")]
-ROWS, BY_NAME = make_tasks("all", n=6), pytest.mark.parametrize("family,call_format", WAYS, ids=lambda v: str(v))
+CHAT = [(f, None) for f in FAMILIES]
+WAYS = CHAT + [(f, "json") for f in FAMILIES] + [(f, s) for f in ("llama3_1", "glm4moe") for s in ("xml", "fenced", "list")]
+ROWS, BY_NAME, BY_FAMILY = make_tasks("all", n=6), *(pytest.mark.parametrize("family,call_format", ways, ids=str) for ways in (WAYS, CHAT))
 
 
-def prepared(family, call_format):
-    "What a run would use: a tokenizer, its ends of turns, and the template that takes the place of its own."
-    tok, ends = tokenizer(family), None
-    ends = tok.convert_tokens_to_ids(ends_of(family))
-    return tok, ends, usable_format(tok, call_format, ends).chat_template
+def policy(family):
+    "A tokenizer as its checkpoint brings it, which does not say how calls are read, and its ends of turns."
+    tok = tokenizer(family)
+    tok.response_template = None
+    return tok, tok.convert_tokens_to_ids(ends_of(family))
 
 
 def shown(family, call_format, rows=ROWS, **options):
-    tok, ends, template = prepared(family, call_format)
-    return tok, ends, demonstrate(rows, tok, ENVIRONMENTS, call_format=call_format, end_tokens=ends, chat_template=template, **options)
+    tok, ends = policy(family)
+    return tok, ends, demonstrate(rows, tok, ENVIRONMENTS, call_format=call_format, end_tokens=ends, **options)
 
 
 @BY_NAME
@@ -46,10 +47,10 @@ def test_demonstrations_are_whole_and_right(family, call_format):
 @BY_NAME
 def test_hinted_prompts_render(family, call_format):
     "The hint stands in the prompt, whole and once, and the prompt without it is another; both end where a turn begins."
-    tok, ends, template = prepared(family, call_format)
+    tok, ends = policy(family)
     for where in ("system", "user"):
         for row in ROWS:
-            format = usable_format(tok, call_format, ends, list(environment_tools(ENVIRONMENTS[row["environment"]]()).values()))
+            format = make_format(call_format, tok, list(environment_tools(ENVIRONMENTS[row["environment"]]()).values()), end_tokens=ends)
             text = hint_text(hint_lines(Hints(1, where), row, format.syntax), 1.0)
             bare, told = (tok.decode(format.prompt(m)) for m in (row["prompt"], hinted(row["prompt"], text, where)))
             squeezed = lambda s: re.sub(r"\s+", " ", s)
@@ -57,11 +58,10 @@ def test_hinted_prompts_render(family, call_format):
             assert told[-12:] == bare[-12:]
 
 
-@BY_NAME
+@BY_FAMILY
 def test_an_old_success_takes_the_place_of_a_failure(family, call_format):
     "Kept and taken back through a checkpoint's plain types: the same tokens, the same messages."
     tok, ends, done = shown(family, call_format, ROWS.select(range(3)))
-    from dataclasses import replace
     first, again = Replay(2), Replay(2)
     for i, t in enumerate(done): first.add(f"task {i}", replace(t, origin="sampled"), 1.0, [1.0])
     again.load_state_dict(first.state_dict())
@@ -70,7 +70,7 @@ def test_an_old_success_takes_the_place_of_a_failure(family, call_format):
         assert (found.completion_ids, found.mask, found.messages, reward, scores) == (t.completion_ids, t.mask, t.messages, 1.0, [1.0])
 
 
-@BY_NAME
+@BY_FAMILY
 def test_a_demonstration_that_does_not_fit_says_so(family, call_format):
     "Cut in its first turn it is not whole, and runs nothing."
     _, _, done = shown(family, call_format, ROWS.select(range(3)), limits=RolloutLimits(8))

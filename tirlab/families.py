@@ -8,10 +8,9 @@ __all__ = ['GLM', 'LLAMA', 'GPTOSS', 'GEMMA', 'LFM', 'FAMILIES', 'CALL_TAGS', 's
 
 # %% ../nbs/00b_families.ipynb #39724a38
 import json, re
-from typing import Iterator
 
 # %% ../nbs/00b_families.ipynb #9173d92e
-from .syntax import SYNTAXES, Syntax, _name, _plain, _python_calls, _typed, signatures
+from .syntax import SYNTAXES, Syntax, Unfinished, _decoded, _name, _plain, _python_calls, _typed, call_arguments, signatures
 from .trajectory import ToolCall
 
 # %% ../nbs/00b_families.ipynb #e194d6b9
@@ -37,31 +36,22 @@ def _scan_glm(text, tools):
         while pair := _ARGUMENT.match(text, at):
             if pair[1] in arguments: raise ValueError(f"the argument {pair[1]} is there twice")
             arguments[pair[1]], at = _plain(_typed(pair[2], named.get(head[1]), pair[1])), pair.end()
-        at = _match(_END, text, at, "a call is unfinished").end()
+        if not (end := _END.match(text, at)):
+            within = "<arg_value>" in text[at:] or "</tool_call>" not in text[at:]   # an open value may hold any tag
+            raise (Unfinished if within else ValueError)("a call is unfinished")
+        at = end.end()
         yield start, at, [ToolCall(head[1], arguments)]
     if any(m in text[at:] for m in _GLM): raise ValueError("tags outside a call")
 
-GLM = Syntax("glm", _write_glm, _scan_glm, signatures, markers=_GLM, stop_strings=("</tool_call>",), sure=False)
+GLM = Syntax("glm", _write_glm, _scan_glm, signatures, markers=_GLM, stop_strings=("</tool_call>",))
 
 # %% ../nbs/00b_families.ipynb #1025c01b
-def _json_at(text, at):
-    "The JSON value that begins at a place, and where it ends. Raises: ValueError."
-    try: value, end = json.JSONDecoder().raw_decode(text, at)
-    except (ValueError, RecursionError): raise ValueError("a call's JSON is broken or unfinished") from None
-    return _plain(value), end
-
-def _arguments(value):
-    "A call's arguments, which may be JSON text. Raises: ValueError."
-    if isinstance(value, str): value = _json_at(value.strip(), 0)[0] if value.strip() else {}
-    if not isinstance(value, dict): raise ValueError(f"arguments must be an object with a name for each, and not {json.dumps(value):.40}")
-    return value
-
 _BARE = re.compile(r'(?:<\|python_tag\|>)?\s*(\{\s*"(?:type|name|parameters)"\s*:)')
 
 def _scan_llama(text, tools):
     at = seen = 0
     while match := _BARE.search(text, at):
-        try: call, end = _json_at(text, match.start(1))
+        try: call, end = _decoded(text, match.start(1))
         except ValueError:
             if not text[:match.start()].strip() or '"parameters"' in text[match.start():]: raise
             at = match.end()
@@ -69,14 +59,14 @@ def _scan_llama(text, tools):
         named = isinstance(call.get("name"), str)
         if named and "arguments" in call: raise ValueError('a call has "name" and "parameters"')
         if named and "parameters" in call:
-            yield match.start(), end, [ToolCall(call["name"], _arguments(call["parameters"]))]
+            yield match.start(), end, [ToolCall(call["name"], call_arguments(call["parameters"]))]
             seen = end
         at = end
     if "<|python_tag|>" in text[seen:]: raise ValueError("<|python_tag|> without a call")
 
 def _write_llama(calls): return "\n".join(json.dumps({"name": c.name, "parameters": c.arguments}, ensure_ascii=False) for c in calls)
 
-LLAMA = Syntax("llama", _write_llama, _scan_llama, signatures, markers=('{"name": "', '"parameters": {'), stop_strings=("}",), sure=False)
+LLAMA = Syntax("llama", _write_llama, _scan_llama, signatures, markers=('{"name": "', '"parameters": {'), stop_strings=("}",))
 
 # %% ../nbs/00b_families.ipynb #5ba89b59
 _JSON_TYPE = r"\s*(?:<\|constrain\|>)?\s*(?:json)?\s*<\|message\|>"
@@ -89,9 +79,9 @@ def _scan_gptoss(text, tools):
     stray = lambda part: any(m in part for m in ("to=", "<|call|>", "<|constrain|>"))
     while match := _HARMONY.search(text, at):
         if stray(text[at:match.start()]): raise ValueError("a message to a tool is broken")
-        value, end = _json_at(text, match.end())
+        value, end = _decoded(text, match.end())
         at = _match(_SENT, text, end, "a call is unfinished").end()
-        yield match.start(), at, [ToolCall(match[1] or match[2], _arguments(value))]
+        yield match.start(), at, [ToolCall(match[1] or match[2], call_arguments(value))]
     if stray(text[at:]): raise ValueError("a message to a tool is broken")
 
 def _write_gptoss(calls):
@@ -115,7 +105,7 @@ def _scan_gemma(text, tools):
         if any(m in text[at:match.start()] for m in tags): raise ValueError("a call is broken or unfinished")
         arguments = _plain(parse_content(match[2], "json", {"string_delims": [[_QUOTE, _QUOTE]], "unquoted_keys": True}))
         at = match.end()
-        yield match.start(), at, [ToolCall(match[1], _arguments(arguments))]
+        yield match.start(), at, [ToolCall(match[1], call_arguments(arguments))]
     if any(m in text[at:] for m in tags): raise ValueError("a call is broken or unfinished")
 
 GEMMA = Syntax("gemma", lambda calls: "".join(f"<|tool_call>call:{c.name}{_gemma_value(c.arguments)}<tool_call|>" for c in calls), _scan_gemma, signatures,
@@ -130,10 +120,10 @@ _RAW_WORD = re.compile(r"[^,()\[\]{}'\"]+")
 def _raw_value(text, at):
     "A value as the template writes it, and where it ends. Raises: ValueError."
     if match := _RAW_TEXT.match(text, at): return match[1], match.end()
-    if text[at:at + 1] in "[{": return _json_at(text, at)
+    if text[at:at + 1] in "[{": return _decoded(text, at)
     match = _match(_RAW_WORD, text, at, "a value is broken")
     word = match[0].strip()
-    try: return {"True": True, "False": False, "None": None}[word] if word in ("True", "False", "None") else _json_at(word, 0)[0], match.end()
+    try: return {"True": True, "False": False, "None": None}[word] if word in ("True", "False", "None") else _decoded(word, 0)[0], match.end()
     except ValueError: return word, match.end()
 
 def _raw_calls(text):

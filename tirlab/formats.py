@@ -21,7 +21,7 @@ from .chat_templates import prepare_tokenizer, training_template
 from .families import family_of, syntax_of, template_syntax, thinking_tags, thought_spans, without_thoughts
 from .observations import observation_ids, reply_ids, taken_apart
 from .syntax import SYNTAXES
-from .trajectory import ToolCall, ToolResult, TurnKind
+from .trajectory import ToolCall, ToolResult, TurnKind, without_nulls
 
 # %% ../nbs/01_formats.ipynb #08e052f2
 def render_call(
@@ -167,7 +167,7 @@ class ChatFormat:
 
     def prompt(self, messages: list[dict]) -> list[int]:
         "Return the prompt tokens of a conversation, assistant header included."
-        return self.tokenizer.apply_chat_template(messages, tools=self.tools or None, chat_template=self.chat_template,
+        return self.tokenizer.apply_chat_template(without_nulls(messages), tools=self.tools or None, chat_template=self.chat_template,
                                                   add_generation_prompt=True, return_dict=False, **self.template_kwargs)
 
     @property
@@ -232,9 +232,8 @@ class ChatFormat:
     def goes_on(self, ids: list[int], prefix: list[int] = ()) -> bool:
         "Return whether a turn that was stopped at a stop string has no complete call yet: the string stands in a thought, or in a call's own text."
         if self.ends(ids): return False
-        syntax, text = syntax_of(self.syntax), self.tokenizer.decode(ids)
-        text = without_thoughts(text, self.thoughts(text, prefix), " ")
-        return syntax.end_of_call(text) is None and not (syntax.sure and any(s in text for s in syntax.stop_strings))
+        text = self.tokenizer.decode(ids)
+        return syntax_of(self.syntax).goes_on(without_thoughts(text, self.thoughts(text, prefix), " "))
 
 # %% ../nbs/01_formats.ipynb #b6f043bf
 def results_text(
@@ -302,7 +301,7 @@ class TextFormat:
 
     def prompt(self, messages: list[dict]) -> list[int]:
         "Return the prompt tokens of a conversation, description of the tools and assistant header included."
-        messages = text_messages(messages, self.name, self.tools)
+        messages = text_messages(without_nulls(messages), self.name, self.tools)
         try: return self._render(messages)
         except TemplateError: return self._render(_without_system(messages))
 

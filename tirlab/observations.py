@@ -6,6 +6,7 @@
 __all__ = ['suffix_ids', 'observation_ids', 'reply_ids', 'control_tokens', 'taken_apart', 'renderer']
 
 # %% ../nbs/00c_observations.ipynb #8ba878d5
+import re
 from functools import partial
 from typing import Any, Callable
 from weakref import WeakKeyDictionary
@@ -75,12 +76,13 @@ def control_tokens(
     tokenizer: Any,                     # of the policy
     chat_template: str | None = None,   # template to use in place of the tokenizer's
 ) -> list[str]:                         # longest first
-    "Return what a text must not spell: special tokens, and other added tokens that the template writes."
+    "Return what a text must not spell: special tokens, and other tags among the added tokens that the template writes."
     template = str(chat_template or tokenizer.chat_template)
     known = _CONTROL.setdefault(tokenizer, {})
     if (key := (template, len(tokenizer))) not in known:
         added = [t for t in tokenizer.added_tokens_decoder.values() if len(t.content.strip()) > 1]
-        known[key] = sorted((t.content for t in added if t.special or t.content in template and not t.content[0].isalnum()), key=len, reverse=True)
+        tag = re.compile(r"\s*[<\[].*[>\]]\s*", re.S)
+        known[key] = sorted((t.content for t in added if t.special or t.content in template and tag.fullmatch(t.content)), key=len, reverse=True)
     return known[key]
 
 def taken_apart(

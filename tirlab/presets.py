@@ -194,7 +194,9 @@ _LISTS = {f.name for f in fields(TIRConfig) if "list" in str(f.type)}
 
 def _parser(config, prefix=""):
     "A parser that says in one sentence what is wrong."
+    types = {f: f.type for f in fields(config)}
     parser = HfArgumentParser(config)
+    for f, kind in types.items(): f.type = kind   # it changes the class, for everybody
     def refuse(message): raise ValueError(re.sub(r"argument --(\w+)[^:]*", rf"{prefix}\1", message).rstrip(".") + ".")
     parser.error = refuse
     return parser
@@ -252,11 +254,11 @@ def preset_sets(
 ) -> dict[str, Any]:         # arguments of `TIRConfig`
     "What a recipe sets, with a learning rate for the model."
     name = given.get("recipe", TRAIN_KEYS["recipe"])
-    rate = {"learning_rate": _TINY_RATES.get(name, TINY_RATE)} if is_tiny(given.get("model")) else {}
+    rate = {"learning_rate": TINY_RATE} if is_tiny(given.get("model")) else {}
     return dict(output_dir="runs", disable_tqdm=True, save_steps=50, save_total_limit=2) | preset(name) | rate
 
 # %% ../nbs/44a_presets.ipynb #1addec8f
-TINY_RATE, _TINY_RATES = 3e-4, {"empo": 3e-5}   # at which the tiny policy was seen to learn: nbs/experiments/results/recipes.json
+TINY_RATE = 3e-4   # at which the tiny policy was seen to learn: nbs/experiments/results/recipes.json
 
 def is_tiny(
     model: str | None,   # folder or name; None for the tiny policy

@@ -54,7 +54,6 @@ class Syntax:
     usage: Callable[[list], str]     # tools to the words that tell a model how to call them
     markers: tuple[str, ...]         # pieces of text that hold a call together: the control tokens of this syntax
     stop_strings: tuple[str, ...]    # strings at which a call may end
-    sure: bool = True                # whether they end one wherever they occur; else what went before decides, see `goes_on`
 
     def render(self, calls: list[ToolCall]) -> str:
         "Calls as the text of one turn. Raises: ValueError for a call that this syntax cannot carry."
@@ -160,7 +159,7 @@ def _scan_json(text, tools):
 _as = lambda how: lambda tools: f"Call tools as {how}: {signatures(tools)}"
 
 JSON = Syntax("json", _write_json, _scan_json, _as(f'{_OPEN}\n{{"name": "name", "arguments": {{"argument": value}}}}\n{_CLOSE}'),
-              markers=(_OPEN, _CLOSE), stop_strings=(_CLOSE,), sure=False)
+              markers=(_OPEN, _CLOSE), stop_strings=(_CLOSE,))
 
 # %% ../nbs/00a_syntax.ipynb #40ebbd28
 _KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", tuple: "array", dict: "object", type(None): "null", None: "null",
@@ -275,7 +274,7 @@ def _scan_xml(text, tools):
 
 # %% ../nbs/00a_syntax.ipynb #12980cc7
 XML = Syntax("xml", _write_xml, _scan_xml, _as(f"{_OPEN}\n<function=name>\n<parameter=argument>\nvalue\n</parameter>\n</function>\n{_CLOSE}"),
-             markers=_XML, stop_strings=(_CLOSE,), sure=False)
+             markers=_XML, stop_strings=(_CLOSE,))
 
 # %% ../nbs/00a_syntax.ipynb #338c024b
 def _python(call): return f"{call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())})"
@@ -369,7 +368,7 @@ def _describe_fenced(tools):
     blocks = ["Call python as\n```python\ncode\n```"] * bool(code)
     return "\n".join(blocks + [f"Call tools as\n```tool_code\nname(argument=value)\n```\n{signatures(others)}"] * bool(others))
 
-FENCED = Syntax("fenced", _write_fenced, _scan_fenced, _describe_fenced, markers=("```python\n", "```tool_code\n", "\n```"), stop_strings=("\n```",), sure=False)
+FENCED = Syntax("fenced", _write_fenced, _scan_fenced, _describe_fenced, markers=("```python\n", "```tool_code\n", "\n```"), stop_strings=("\n```",))
 
 # %% ../nbs/00a_syntax.ipynb #50be2b99
 _LIST = re.compile(r"\[\s*[^\W\d][\w.]*\s*\(\s*(?:\)|['\"]|[^\W\d]\w*\s*=(?!=)|(?:[^\W\d]\w*\s*)?$)")
@@ -392,7 +391,7 @@ def _scan_list(text, tools):
     if re.search(r"\)\s*\]\s*$", text[at:]): raise Unfinished("a list of calls was never opened")   # with more text behind it, it may be prose
 
 # %% ../nbs/00a_syntax.ipynb #e3282fe1
-LIST = Syntax("list", lambda calls: f"[{', '.join(map(_python, calls))}]", _scan_list, _as("[name(argument=value)]"), markers=("[", ")]"), stop_strings=(")]",), sure=False)
+LIST = Syntax("list", lambda calls: f"[{', '.join(map(_python, calls))}]", _scan_list, _as("[name(argument=value)]"), markers=("[", ")]"), stop_strings=(")]",))
 
 # %% ../nbs/00a_syntax.ipynb #75902543
 SYNTAXES = {s.name: s for s in (JSON, XML, FENCED, LIST)}
