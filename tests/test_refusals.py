@@ -103,8 +103,8 @@ ARGUMENTS = {   # what is given -> words of the sentence
     "tools of strings": (dict(tools=["python"]), ["'python'", "function"]),
     "tools of classes": (dict(tools=[PythonEnvironment]), ["PythonEnvironment", "function"]),
     "environment an instance": (dict(environment_factory=PythonEnvironment()), ["instance of PythonEnvironment", "class"]),
-    "environment a string": (dict(environment_factory="python"), ["environment_factory is a str"]),
-    "environments with an instance": (dict(environment_factory={"a": PythonEnvironment()}), ["environment_factory['a']", "instance"]),
+    "environment a string": (dict(environment_factory="python"), ["environment_factory is 'python'", "a str"]),
+    "environments with an instance": (dict(environment_factory={"a": PythonEnvironment()}), ["instance of PythonEnvironment"]),
     "no environments": (dict(environment_factory={}), ["environment_factory", "empty"]),
     "interventions one": (dict(interventions=Clamp("<tool_call>", "start", 0.1)), ["interventions is a Clamp", "list"]),
     "supervision text": (dict(supervision="hints"), ["supervision is a str"]),
@@ -216,8 +216,8 @@ def test_a_reset_that_does_not_take_the_row(environment, tmp_path): refused(tmp_
 
 
 def test_a_reset_that_raises_names_the_row(tmp_path):
-    said = refused(tmp_path, "`reset` of Raises failed at row 0", "KeyError", "answer='", train=True, environment_factory=Raises)
-    assert any(f"answer={a!r}" in said for a in TASKS["answer"])
+    said = refused(tmp_path, "reset of Raises failed on row 0", "KeyError", "How many?", train=True, environment_factory=Raises)
+    assert any(row["prompt"][-1]["content"][:20] in said and row["answer"] in said for row in TASKS)
     plain = Dataset.from_dict({"prompt": ["Use python."] * 4, "answer": ["2"] * 4})
     refused(tmp_path, "`reset` of Asks", "plain text", train=True, environment_factory=Asks, train_dataset=plain)
 

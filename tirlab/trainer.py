@@ -23,14 +23,14 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from .advantages import BY_TURN, spread_to_tokens
 from .batches import Batches, finite_rewards, task_name, total_rewards
 from .chat_templates import with_template
-from .checks import check_arguments, check_batch, check_format, check_pattern, check_prompts, check_references, check_reset, saying_call_format
+from .checks import check_arguments, check_batch, check_format, check_pattern, check_prompts, check_references, saying_call_format
 from .collapse import CollapseMonitor
 from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
 from .continuous import fitting_engine
 from .demonstrations import demonstrate, is_whole
 from .drift import assert_masks
 from .engines import context_of
-from .environments import check_tool
+from .environments import check_environment, check_tool
 from .filters import filtered_mask, loss_tokens, overlong, zero_variance
 from .formats import make_format
 from .guards import guarded, naming_the_row
@@ -158,7 +158,7 @@ def _check_rollouts(self: TIRTrainer, train_dataset):
     check_prompts(self.args, train_dataset, self.tools)
     columns = getattr(train_dataset, "column_names", None)
     environments = [pool[0] for pool in self._environment_pool.values()] if self.environment_factories else []
-    for environment in environments if columns else []: check_reset(environment, [c for c in columns if not (self._multi_environment and c == "environment")])
+    for environment in environments if columns else []: check_environment(type(environment), [c for c in columns if not (self._multi_environment and c == "environment")])
     format = make_format(self.args.call_format, self._tokenizer, self.tools, self.chat_template, self.chat_template_kwargs, self.eos_token_ids)
     check_format(format, any(hasattr(e, "_reply") for e in environments))
 
