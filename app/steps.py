@@ -77,7 +77,7 @@ table = prompts(rows)
 
 def summary():
     "The step in one line."
-    rewards, level = rows.reward.dropna(), int(table.level.sum())
+    rewards, level = rows.reward[rows.reward.abs() < math.inf], int(table.level.sum())
     parts = [f"{len(rows)} rollouts of {len(table)} prompts"]
     parts += [f"mean reward {rewards.mean():.3f}"] * bool(len(rewards)) + [f"{level} prompt{'s' * (level != 1)} level"]
     parts += [f"{int(rows.dropped.notna().sum())} rollouts dropped", f"{int((rows.origin != 'sampled').sum())} not the policy's own", f"{int(rows.failed_calls.sum())} failed calls"]

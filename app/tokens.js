@@ -68,13 +68,13 @@ function mount(host) {
     for (let i = from; i < to && first.length < 600; i++) first += text[i].slice(0, 600);
     first = first.replace(/<\|[^<>|]{1,40}\|>|<\/?tool_response>/g, " ").replace(/^\s*(?:user|tool|ipython|environment)\s*\n/, " ").trim().split("\n")[0].slice(0, 140);
     return `<details class="tool${error ? " err" : ""}" data-from="${from}" data-to="${to}"><summary><b>${error ? "✖ error" : "tool"}</b><span class="first">${safe(first)}</span>` +
-           `<span class="dim">${plural(to - from, "token")}</span></summary><div class="text hatched"></div></details>`;
+           `<span class="dim">${plural(to - from, facts.unit)}</span></summary><div class="text hatched"></div></details>`;
   }
   function turnHtml(t, k) {
     const parts = t.parts.map(([a, b, own], p) => own ? `<div class="text">${lines(a, b)}</div>` : toolPart(a, b, t.errors.includes(p)));
     const numbers = [["reward", t.reward], ["advantage", t.advantage]].filter(x => known(x[1])).map(([name, v]) => `<span>${name} <b>${signed(v)}</b></span>`);
     const kl = Object.entries(t.kl).map(([name, v]) => `<span title="KL from the recorded policy to ${safe(name)}, estimated from the tokens of this turn (k3), nats">KL ${safe(name)} <b>${number(v)}</b></span>`);
-    return `<section data-k="${k}" aria-label="Turn ${t.turn + 1}"><header><b>Turn ${t.turn + 1}</b>${kindChip(t)}<span class="dim">${plural(t.tokens, "token")}</span>` +
+    return `<section data-k="${k}" aria-label="Turn ${t.turn + 1}"><header><b>Turn ${t.turn + 1}</b>${kindChip(t)}<span class="dim">${plural(t.tokens, facts.unit)}</span>` +
            `<span class="numbers">${numbers.join("")}${kl.join("")}</span></header>${parts.join("")}</section>`;
   }
   function outlineHtml(t, k) {
@@ -103,7 +103,7 @@ function mount(host) {
   function legend(scale) {
     const box = $(".legend");
     box.hidden = $(".signs").hidden = !scale;
-    select.hidden = !scale; select.parentNode.firstChild.textContent = scale ? "Colour by " : "No number was stored for the tokens of this trajectory. ";
+    select.hidden = !scale; select.parentNode.firstChild.textContent = scale ? "Colour by " : `No number was stored for the ${facts.unit}s of this trajectory. `;
     if (!scale) return;
     const step = 100 / CLASSES, ends = [`${scale.low}` + (scale.low === scale.plain ? "" : " or less"), `${+scale.high.toFixed(2)}` + (scale.high === scale.plain || scale.bounded ? "" : " or more")].map(s => s.replace("-", "−"));
     $(".low").textContent = ends[0]; $(".high").textContent = ends[1];
@@ -236,8 +236,8 @@ function mount(host) {
       around.push(`<button data-do="token" data-i="${j}"${j === i ? ' aria-current="true"' : ""}><span class="piece">${short(text[j].slice(0, 40))}</span>` +
                   `<span class="dim">${app.now && app.now[j] >= 0 ? number(column[at.metric][j]) : mask[j] ? "" : "tool"}</span></button>`);
     const metric = facts.metrics.find(m => m.name === at.metric);
-    card.innerHTML = `<div class="big${suffix[i].includes("r") ? " r" : ""}">${short(text[i])}</div><table><tr><th>Token</th><td>${(i + 1).toLocaleString("en")} of ${n.toLocaleString("en")}, turn ${t.turn + 1}</td></tr>` +
-      `<tr><th>Id</th><td>${id[i]}</td></tr><tr><th>Bytes</th><td class="mono">${bytes(text[i])}</td></tr>${rows.join("")}</table>` +
+    card.innerHTML = `<div class="big${suffix[i].includes("r") ? " r" : ""}">${short(text[i])}</div><table><tr><th>${facts.unit[0].toUpperCase() + facts.unit.slice(1)}</th><td>${(i + 1).toLocaleString("en")} of ${n.toLocaleString("en")}, turn ${t.turn + 1}</td></tr>` +
+      `${id[i] < 0 ? "" : `<tr><th>Id</th><td>${id[i]}</td></tr>`}<tr><th>Bytes</th><td class="mono">${bytes(text[i])}</td></tr>${rows.join("")}</table>` +
       (mask[i] ? (rows.length ? "" : '<p class="dim">Nothing was measured here.</p>') : '<p class="dim">Not written by the model: it carries no gradient.</p>') +
       `<h4>Neighbours${metric ? `: ${safe(metric.label)}` : ""}</h4><div class="near">${around.join("")}</div>`;
   }
@@ -269,7 +269,7 @@ function mount(host) {
     const e = ev.target.closest(".b > span");
     if (!e || e.title) return;
     const i = e.at, v = at.metric ? column[at.metric][i] : NaN;
-    e.title = `id ${id[i]}, token ${i + 1}` + (known(v) ? `, ${number(v, 4)}` : mask[i] ? "" : ", not written by the model");
+    e.title = `${id[i] < 0 ? "" : `id ${id[i]}, `}${facts.unit} ${i + 1}` + (known(v) ? `, ${number(v, 4)}` : mask[i] ? "" : ", not written by the model");
     e.addEventListener("mouseleave", () => e.removeAttribute("title"), {once: true});
   });
   const drag = ev => { if (!ev.buttons || !n) return;
@@ -315,7 +315,7 @@ function mount(host) {
     slider.max = Math.max(0, facts.turns.length - 1);
     $(".outline").innerHTML = facts.turns.map(outlineHtml).join("");
     card.innerHTML = NOTHING;
-    const prompt = facts.prompt ? `<details class="prompt"><summary><b>Prompt</b><span class="dim">${plural(facts.prompt_tokens, "token")}</span></summary><div class="text hatched"></div></details>` : "";
+    const prompt = facts.prompt ? `<details class="prompt"><summary><b>Prompt</b><span class="dim">${plural(facts.prompt_tokens, facts.unit)}</span></summary><div class="text hatched"></div></details>` : "";
     pane.innerHTML = prompt + (facts.turns.map(turnHtml).join("") || '<p class="dim">The completion is empty.</p>');
     pane.scrollTop = 0; collect(pane); ensure(); restLater();
     $('[data-do="fold"]').textContent = "Open tool output"; $('[data-do="fold"]').hidden = !pane.querySelector("details[data-from]");

@@ -6,7 +6,7 @@ import streamlit as st
 
 from tirlab.app.common import plain
 from tirlab.plots import CLASSES, class_color, scale_of
-from tirlab.rows import TraceRow
+from tirlab.rows import TraceRow, unit_of
 from tirlab.token_map import jump_lists, token_metrics, token_table, turn_list
 from tirlab.traces import Run, RunError
 
@@ -54,7 +54,8 @@ def payload(version: str, _row: TraceRow, _names: tuple, _control: tuple, _score
     metrics = token_metrics(_row, _names, _scored)
     listed = [{"name": m, "label": label(m), "group": GROUPS.get(m.partition(":")[0] if ":" in m else "", "Policy")} for m in metrics]
     facts = {"version": version, "id": _row.id, "metrics": listed, "scales": {m: scale_facts(m) for m in metrics}, "turns": turn_list(_row, _scored),
-             "jumps": jump_lists(_row, metrics), "control": list(_control), "prompt": "".join(_row.prompt_text), "prompt_tokens": len(_row.prompt_ids)}
+             "jumps": jump_lists(_row, metrics), "control": list(_control), "prompt": "".join(_row.prompt_text), "prompt_tokens": len(_row.prompt_ids),
+             "unit": unit_of(_row)}
     return {"facts": facts, "tokens": token_table(_row, metrics)}
 
 

@@ -1,6 +1,7 @@
 """Every trajectory of the run, to search and to open; everything that was asked for stands in the address. And what was bookmarked."""
 import time
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -53,7 +54,7 @@ def words(name: str, label: str) -> list:
 def asked() -> dict:
     "What is asked for, as arguments of `find`."
     first, last = int(index.step.min()), int(index.step.max())
-    rewards, found = index.reward.dropna(), {}
+    rewards, found = index.reward[np.isfinite(index.reward)], {}   # a slider has no place for infinity
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         found["text"] = st.text_input("Text", key="text", width=300, icon=":material/search:", placeholder="regular expression", **BOUND,
                                       help="In the beginnings of prompt and last turn, the reference, the id and the task; with a single step chosen, in the whole text")

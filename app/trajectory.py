@@ -5,6 +5,7 @@ import streamlit as st
 from tirlab.app.common import NOTHING_YET, bookmark_button, link, number, plain, ready, stop, the_run, watch
 from tirlab.app.messages import choice, messages
 from tirlab.app.tokens import token_map
+from tirlab.rows import unit_of
 from tirlab.traces import RunError
 
 GOOD_STOPS = ("answer",)
@@ -80,6 +81,9 @@ def badges():
         st.badge(plain(row.origin), icon=icon, color="violet", help=means)
     if row.dropped:
         st.badge(f"dropped: {plain(row.dropped)}", icon=":material/block:", color="red", help="It, or part of it, was left out of the loss")
+    if row.notes:
+        with st.popover("Also on record", icon=":material/notes:"):
+            st.text(row.notes)
     if row.hint:
         with st.popover("What it was told", icon=":material/lightbulb:"):
             st.text(row.hint)
@@ -130,7 +134,7 @@ def place() -> dict:
 
 header()
 with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
-    view = choice("view", ["tokens", "messages"], format_func=str.capitalize)
+    view = choice("view", ["tokens", "messages"], format_func={"tokens": unit_of(row, 2).capitalize(), "messages": "Messages"}.get)
     siblings()
     link("steps", f"Step {row.step}, group {row.group}", icon=":material/stacks:", step=row.step, group=row.group, split=row.split)
     bookmark_button(run, row.id, lambda: "&".join(f"{k}={v}" for k, v in st.query_params.to_dict().items() if k not in ("id", "run")))

@@ -72,3 +72,35 @@ def test_math_verify_scores_them():
     rows = [math_row(r) for r, _ in ROWS[:3]]
     said = ["It is \\boxed{12.0}.", "\\boxed{1234568}", "\\boxed{\\frac{a\\sqrt{2}}{2}}"]
     assert math_reward([[{"role": "assistant", "content": s}] for s in said], answer=[r["answer"] for r in rows]) == [1, 0, 1]
+
+
+AS_THEY_STAND = ["007", "12345678901234567", "True", "NA", "null", "1e5", "0.10", "-0", "1/2", "None", "nan", "inf", "2024-01-02", "+5", "é"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv", "csv of a spreadsheet"])
+def test_answers_of_a_file_stay_as_they_stand(tmp_path, suffix):
+    rows, path = [{"problem": f"{i}?", "answer": a, "level": ""} for i, a in enumerate(AS_THEY_STAND)], tmp_path / f"set.{suffix.split()[0]}"
+    if suffix == "jsonl": path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows))
+    elif suffix == "json": path.write_text(json.dumps(rows))
+    elif suffix == "parquet": pd.DataFrame(rows).to_parquet(path, index=False)
+    elif suffix == "csv": path.write_text("problem,answer,level\n" + "".join(f"{r['problem']},{r['answer']},\n" for r in rows))
+    else: path.write_bytes(("problem,answer,level\r\n" + "".join(f"\"{r['problem']}\",\"{r['answer']}\",\r\n" for r in rows)).encode("utf-8-sig"))
+    rows, reward = named_tasks(str(path))
+    assert rows["answer"] == AS_THEY_STAND and set(rows["level"]) == {None} and reward == "math"
+    path.write_text("problem,answer\n?,\n") if suffix.startswith("csv") else None
+    if suffix.startswith("csv"):
+        with pytest.raises(ValueError, match="Row 0 has no answer"): math_tasks(str(path))
+
+
+@pytest.mark.parametrize("written,answer", [("12345678901234567890", "12345678901234567890"), ("1e5", "1e5"), ("0.10", "0.10"), ("27.0", "27"), ("3.141592653589793238462643", "3.141592653589793238462643"), ("-7", "-7")])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_numbers_of_a_file_keep_their_spelling(tmp_path, suffix, written, answer):
+    line, path = '{"problem": "?", "answer": %s, "level": 3, "id": 1.50}' % written, tmp_path / f"set.{suffix}"
+    path.write_text(f"[{line}]" if suffix == "json" else line)
+    row = math_tasks(str(path))[0]
+    assert (row["answer"], row["level"], row["task"]) == (answer, "3", "1.50")
+
+
+def test_integers_beside_missing_ones_are_not_rounded(tmp_path):
+    pd.DataFrame({"problem": ["a?", "b?"], "answer": ["1", "2"], "id": pd.array([12345678901234567, None], "Int64")}).to_parquet(tmp_path / "set.parquet")
+    assert math_tasks(str(tmp_path / "set.parquet"))["task"] == ["12345678901234567", "set/1"]

@@ -4,6 +4,7 @@ In `make test` these are short. At full length (5 minutes beside a writer, 50 ki
 
     pytest -m slow tests/test_run_robust.py
 """
+import errno
 import json
 import os
 import random
@@ -12,16 +13,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from run_abuse import last_step
-from trace_rows import make_row, make_run
+from trace_rows import add_steps, make_row, make_run
 
 from tirlab.annotations import read_alarms, read_bookmarks
+from tirlab.cli import main
+from tirlab.exports import export_html
+from tirlab.files import WriteError
+from tirlab.recorder import Recorder
 from tirlab.scored import write_scored
 from tirlab.terminal import overview
 from tirlab.traces import RunError, RunWriter, open_run, trace_id
+from tirlab.trajectory import StopReason, Trajectory, Turn, TurnKind
 
 ABUSE = Path(__file__).with_name("run_abuse.py")
 
@@ -144,6 +151,94 @@ def test_a_disk_that_is_really_full(tmp_path):
         fills("tmpfs", tmp_path / "run", 50)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A folder on a disk of 1 MB, and what fills it to the last byte."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root; the same is tested with a limit on the size of files")
+
+    def fill():
+        with open(disk / "ballast", "wb", buffering=0) as f:
+            try:
+                while True:
+                    f.write(b"x" * 512)
+            except OSError:
+                pass
+    yield disk, fill
+    subprocess.run(["umount", "-l", disk], check=True)   # lazily: a write that failed may hold its file until it is collected
+
+
+def test_a_full_disk_is_named_and_the_run_has_failed(small_disk):
+    disk, fill = small_disk
+    writer = make_run(disk / "run", steps=2, status="running")
+    fill()
+    for write in (lambda: add_steps(writer, [3]), lambda: writer.log(3, {"note": 1.0} | {f"m{i}": 0.5 for i in range(2000)}), lambda: writer.beat(3, force=True)):
+        with pytest.raises(OSError) as e:
+            write()
+        said = str(e.value)
+        assert isinstance(e.value, WriteError) and said.startswith(str(disk / "run")) and "(No space left on device): make room there" in said and said.endswith(".") and "\n" not in said
+    writer.close("failed", said)
+    run = open_run(disk / "run")
+    whole(run)
+    assert run.status() == "failed" and run.meta()["error"] == said and set(run.index().step) == {1, 2}
+    (disk / "ballast").unlink()
+    writer = RunWriter(disk / "run", {}, resume=True)
+    add_steps(writer, [3])
+    writer.close()
+    assert len(whole(run)) == 24 and run.status() == "finished"
+
+
+def test_what_waits_for_a_full_disk_is_written_when_there_is_room(small_disk):
+    disk, fill = small_disk
+    turn = Turn(ids=[5, 6], message={"role": "assistant", "content": "x"}, kind=TurnKind.RESPONSE)
+    recorder = Recorder(RunWriter(disk / "run", {}), SimpleNamespace(decode=lambda ids: f"<{ids[0]}>"))
+    add = lambda step: recorder.add([Trajectory([1], [turn] * 400, StopReason.ANSWER)] * 20, [dict(id=trace_id(step, 0, i), step=step, split="train", reward=1.0) for i in range(20)])
+    add(1)
+    recorder.write()
+    fill()
+    add(2)
+    with pytest.raises(OSError, match="make room"):
+        recorder.write()
+    assert len(recorder.waiting) == 20
+    (disk / "ballast").unlink()
+    recorder.write()
+    assert open_run(disk / "run").steps().trajectories.tolist() == [20, 20]
+    fill()
+    add(3)
+    with pytest.raises(OSError, match="make room"):
+        recorder.close()
+    run = open_run(disk / "run")
+    assert run.status() == "failed" and "make room" in run.meta()["error"] and len(run.index()) == 40 and run.skipped == 0
+
+
+def test_an_import_to_a_full_disk(small_disk, tmp_path, capsys):
+    disk, fill = small_disk
+    rows = [dict(input="q", output="word " * 50_000, score=1.0, step=s, info=random.Random(s).randbytes(200_000).hex()) for s in range(6)]
+    (tmp_path / "source").mkdir()
+    for s, row in enumerate(rows):
+        (tmp_path / f"source/{s}.jsonl").write_text(json.dumps(row))
+    assert main(["trace", "import", str(tmp_path / "source"), "--out", str(disk / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    run = open_run(disk / "run")
+    assert "cannot be written (No space left on device): make room there" in said and run.status() == "failed" and 0 < len(run.index()) < 6 and run.skipped == 0
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOENT, errno.EDQUOT, errno.EIO])
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch, number):
+    writer = make_run(tmp_path / "run", steps=1, status="running")
+
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, "replace", refuse)
+    for path, write in ((tmp_path / "run/tokens", lambda: add_steps(writer, [2])), (tmp_path / "run/meta.json", lambda: writer.beat(2, force=True)), (tmp_path / "page.html", lambda: export_html(open_run(tmp_path / "run"), tmp_path / "page.html", id=trace_id(1, 0, 0)))):
+        with pytest.raises(OSError) as e:
+            write()
+        advice = "make room there" if number == errno.EDQUOT else "give a place you may write to"
+        assert str(e.value).startswith(str(path)) and f"({os.strerror(number)}): {advice}" in str(e.value)
 
 
 # -- files that are not what they should be

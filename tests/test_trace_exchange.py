@@ -1,5 +1,7 @@
 """Records in and out: other trainers' files, exports, and the tokens of a run under another checkpoint."""
+import gzip
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -13,9 +15,11 @@ from trace_rows import make_row, make_run
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
 from tirlab.cli import main
+from tirlab.exports import export_html
 from tirlab.imports import import_traces
 from tirlab.scores import score_run
 from tirlab.traces import RunError, RunWriter, TraceRow, open_run
+from tirlab.trajectory import without_nulls
 
 DATA = Path(__file__).parent / "data"
 
@@ -254,3 +258,166 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path, capsys, monkeypatch, wo
     monkeypatch.chdir(tmp_path)
     assert main(["trace", "export", str(tmp_path / "run"), *words.split()]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+
+
+# -- what records of others look like in the wild
+
+def jsonl(rows, end="\n"):
+    return "\n".join(json.dumps(x) for x in rows) + end
+
+
+def verl(i=0, **more):
+    return dict(input=f"user\nq{i}", output="a b", gts="7", score=1.0, step=3) | more
+
+
+ENCODINGS = {"as usual": lambda s: s.encode(), "no newline at the end": lambda s: s.rstrip("\n").encode(), "torn at the end": lambda s: (s + '{"input": "a", "outp').encode(), "BOM": lambda s: b"\xef\xbb\xbf" + s.encode(),
+             "CRLF": lambda s: s.replace("\n", "\r\n").encode(), "UTF-16": lambda s: s.encode("utf-16"), "gz": lambda s: gzip.compress(s.encode()), "zst in frames": lambda s: frames(s.encode())}
+
+
+def frames(data):
+    "A seekable .zst file as prime-rl seals its chunks: frames, and one that is to be skipped."
+    half, codec = len(data) // 2, pa.Codec("zstd")
+    return b"".join(codec.compress(part, asbytes=True) for part in (data[:half], data[half:])) + b"\x5e\x2a\x4d\x18" + (9).to_bytes(4, "little") + b"seektable"
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_file_is_read_to_its_last_line(tmp_path, encoding):
+    suffix = {"gz": ".gz", "zst in frames": ".zst"}.get(encoding, "")
+    (tmp_path / f"3.jsonl{suffix}").write_bytes(ENCODINGS[encoding](jsonl(verl(i) for i in range(3))))
+    told = import_traces(tmp_path, tmp_path / "run")
+    index = open_run(tmp_path / "run").index()
+    assert (told["format"], told["trajectories"], told["skipped"]) == ("verl", 3, 0) and index.step.tolist() == [3] * 3 and index.reward.tolist() == [1.0] * 3 and index.last_turn.tolist() == ["a b"] * 3
+
+
+def test_bytes_that_are_no_utf8_are_marked_and_nothing_else_is_lost(tmp_path):
+    (tmp_path / "3.jsonl").write_bytes(jsonl([verl(output="caf#")]).encode().replace(b"#", b"\xe9") + jsonl([verl(output="x", extra="\ud83d")]).encode())
+    assert import_traces(tmp_path, tmp_path / "run")["trajectories"] == 2
+    run = open_run(tmp_path / "run")
+    assert "".join(run.trajectory("000003-0-000").text) == "caf\ufffd" and run.skipped == 0 and "\ufffd" in run.trajectory("000003-0-001").notes
+
+
+@pytest.mark.parametrize("field, value, reward, rewards, answer, notes", [
+    ("gts", 2, 1.0, {}, "2", None), ("gts", [2, 3], 1.0, {}, "[2, 3]", None), ("gts", None, 1.0, {}, None, None), ("gts", "007", 1.0, {}, "007", None),
+    ("score", "0.5", 0.5, {}, "7", None), ("score", -math.inf, -math.inf, {}, "7", None), ("score", True, 1.0, {}, "7", None), ("score", None, None, {}, "7", None), ("score", 10**400, math.inf, {}, "7", None),
+    ("acc", 1, 1.0, {"acc": 1.0}, "7", None), ("acc", True, 1.0, {"acc": 1.0}, "7", None), ("acc", "0.5", 1.0, {"acc": 0.5}, "7", None), ("length", 12, 1.0, {"length": 12.0}, "7", None),
+    ("pred", "42", 1.0, {}, "7", '{"pred": "42"}'), ("request_id", "r", 1.0, {}, "7", '{"request_id": "r"}'), ("info", {"a": [1]}, 1.0, {}, "7", '{"info": {"a": [1]}}'),
+    ("step", "4", 1.0, {}, "7", None), ("step", 10**30, 1.0, {}, "7", None)])
+def test_every_field_of_a_record_is_kept(tmp_path, field, value, reward, rewards, answer, notes):
+    (tmp_path / "3.jsonl").write_text(jsonl([verl(**{field: value})]))
+    import_traces(tmp_path, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    line, row = run.index().iloc[0], run.trajectory(run.index().id.iloc[0])
+    same = lambda a, b: a == b or (a is None or a != a) and (b is None or b != b)
+    assert same(line.reward, reward) and same(row.reward, reward) and row.rewards == rewards and row.answer == answer and row.notes == notes and line.step == (4 if value == "4" else 3)
+
+
+def test_a_table_of_trl_with_every_kind_of_column(tmp_path):
+    call = lambda name, **arguments: [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}]}]
+    rows = [dict(step=1, prompt="q", completion=call("add", a=1, b=2), right=1.0, advantage=.5, answer=7, done=True, pred="x", my_score="0.25"),
+            dict(step=1, prompt="q", completion=call("weather", city="Rome"), right=None, advantage=-.5, answer=8, done=False, pred=None, my_score="bad")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "completions_00001.parquet")
+    import_traces(tmp_path, tmp_path / "run")
+    one, two = map(open_run(tmp_path / "run").trajectory, ("000001-0-000", "000001-0-001"))
+    assert "".join(one.text).strip() == '[assistant] add({"a": 1, "b": 2})' and "".join(two.text).strip() == '[assistant] weather({"city": "Rome"})'
+    assert one.rewards == {"right": 1.0, "done": 1.0, "my_score": 0.25} and two.rewards == {"right": None, "done": 0.0} and (one.answer, two.answer) == ("7", "8")
+    assert json.loads(one.notes) == {"pred": "x"} and json.loads(two.notes) == {"my_score": "bad"}
+
+
+def test_arguments_of_a_table_are_those_that_were_given():
+    from datasets import Dataset
+    call = lambda name, arguments: {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}]}
+    rows = [{"prompt": [{"role": "user", "content": "q"}, call("f", {"a": 1}), call("g", {"b": {"c": [{"d": 1}, {"e": 2}]}}), call("h", {})]}]
+    back = Dataset.from_list(rows)[0]["prompt"]
+    given = [m["tool_calls"][0]["function"]["arguments"] for m in without_nulls(back)[1:]]
+    assert given == [{"a": 1}, {"b": {"c": [{"d": 1}, {"e": 2}]}}, {}] and "b" in back[1]["tool_calls"][0]["function"]["arguments"]
+    odd = ["text", {"role": "user", "content": None}, {"role": "assistant", "tool_calls": ["x", {"name": "f", "arguments": '{"a": null}'}]}, {"tool_calls": None}]
+    assert without_nulls(odd) == odd
+
+
+NODES = [dict(message=dict(role="user", content="2+3?"), parent=None, sampled=False, token_ids=[1, 2], mask=[False, False]),
+         dict(message=dict(role="assistant", content="5"), parent=0, sampled=True, token_ids=[3, 4], mask=[False, True], logprobs=[-.5]),
+         dict(message=dict(role="assistant", content="6"), parent=0, sampled=True, token_ids=[3, 5], mask=[False, True], logprobs=[-math.inf])]
+
+
+def episode(id, step, kind="train"):
+    return dict(id=id, env={"id": "adder"}, run={"type": kind, "work": {"type": kind, "step": step}}, traces=[dict(id=f"{id}-t", nodes=NODES, rewards={"right": {"score": 1.0, "weight": None}}, metrics={"length": 2}, stop_condition="done")])
+
+
+@pytest.mark.parametrize("layout", ["stream.jsonl", "stream/", "step"])
+def test_the_layouts_of_prime_rl(tmp_path, layout):
+    "Episodes in one stream, in chunks of it, or in a folder a step; what was learnt later is beside them, and is put where it belongs. Indices and unfinished traces are none."
+    base = tmp_path / "out" / ("rollouts/step_7/train" if layout == "step" else "monitors/file/traces")
+    for folder in ("annotations", "live", "stream"): (base / folder).mkdir(parents=True)
+    episodes = [episode("a", 7), episode("b", 8, "eval"), episode("c", 7)]
+    if layout == "stream.jsonl":
+        (base / "stream.jsonl").write_text(jsonl(episodes))
+        (base / "index.jsonl").write_text(jsonl({"line": i, "offset": 0} for i in range(3)))
+    elif layout == "stream/":
+        (base / "stream/00000.jsonl.zst").write_bytes(frames(jsonl(episodes[:2]).encode()))
+        (base / "stream/00001.jsonl").write_text(jsonl(episodes[2:]))
+        (base / "stream/00001.jsonl.zst").write_bytes(b"being sealed")
+        (base / "stream.index.jsonl").write_text(jsonl([{"line": 1, "chunk": 0, "offset": 0}]))
+    else:
+        (base / "traces.jsonl").write_text(jsonl(episodes))
+    (base / "live/x.jsonl").write_text('{"trace": "x"}\n')
+    first = [dict(version=1, trace_id="a-t", info={"train": {"effective": True}}, branches=[dict(index=0, advantages=[None, None, None, .5]), dict(index=1, advantages=[None, None, None, -.5])])]
+    later = [dict(version=1, trace_id="a-t", info={"train": {"trained": 8}}, branches=[dict(index=1, trainer_logprobs=[None, None, None, -2.0], entropies=[None, None, None, .25]), dict(index=9, advantages=[1])][:1]), {"trace_id": 3}]
+    for name, updates in (("orchestrator", first), ("trainer", later)):
+        place = base / f"annotations/{name}.jsonl" if layout != "stream/" else base / f"annotations/{name}/00000.jsonl"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(jsonl(updates))
+        (base / f"annotations/{name}.index.jsonl").write_text(jsonl([{"trace_id": "a-t", "chunk": 0, "offset": 0, "info": {}}]))
+    told = import_traces(tmp_path / "out", tmp_path / "run", str(tiny_policy()))
+    run = open_run(tmp_path / "run")
+    index = run.index()
+    assert (told["format"], told["trajectories"], told["skipped"], told["unreadable"]) == ("verifiers", 6, 0, [])
+    assert sorted(zip(index.split, index.step)) == [("eval", 8)] * 2 + [("train", 7)] * 4 and set(index.environment) == {"adder"} and set(index.reward) == {1.0}
+    one, two = map(run.trajectory, ("000007-0-000", "000007-0-001"))
+    assert one.advantage.tolist() == [.5] and two.advantage.tolist() == [-.5] and two.logprob.tolist() == [-2] and two.entropy.tolist() == [.25] and np.isnan(one.logprob).all()
+    assert two.sampling_logprob.tolist() == [-math.inf] and json.loads(one.notes) == {"metrics": {"length": 2}, "info": {"train": {"effective": True, "trained": 8}}}
+
+
+def result(i, **more):
+    return dict(example_id=i // 2, prompt=[{"role": "user", "content": f"q{i // 2}"}], answer="5", reward=float(i % 2), metrics={"right": float(i % 2), "length": 3}, right=float(i % 2), length=3,
+                completion=[{"role": "assistant", "content": None, "tool_calls": [json.dumps({"id": "x", "name": "add", "arguments": '{"a": 2}'})]}, {"role": "tool", "content": "5"}, {"role": "assistant", "content": "It is 5."}],
+                info={"level": 2}, stop_condition="answered", is_completed=True, is_truncated=False, error=None) | more
+
+
+def test_results_of_vf_eval(tmp_path):
+    folder = tmp_path / "outputs/evals/adder--m/1f2e"
+    folder.mkdir(parents=True)
+    (folder / "results.jsonl").write_text(jsonl([result(0), result(1), result(2, completion="Five.", stop_condition=None, is_truncated=True), {"x": 1}, result(3)], end=""))
+    (folder / "metadata.json").write_text('{"env_id": "adder", "model": "m"}')
+    told = import_traces(tmp_path / "outputs", tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    index = run.index()
+    assert (told["format"], told["trajectories"], told["skipped"]) == ("vf-eval", 4, 1)
+    assert index.reward.tolist() == [0, 1, 0, 1] and index.group.tolist() == [0, 0, 1, 1] and set(index.environment) == {"adder"} and set(index.split) == {"eval"} and index.stop.tolist() == ["answered", "answered", "length", "answered"]
+    assert index.calls.fillna(-1).tolist() == [1, 1, -1, 1] and index.turns.tolist() == [2, 2, 1, 2] and index.rewards.iloc[1]["right"] == 1.0 and set(index.answer) == {"5"}
+    row = run.trajectory(index.id.iloc[1])
+    assert 'add({"a": 2})' in "".join(row.text) and json.loads(row.notes) == {"info": {"level": 2}}
+
+
+@pytest.mark.parametrize("kind, lines", {"verl": [verl()], "vf-eval": [result(0)], "verifiers": [episode("a", 7)], "prime-rl": [prime(3)]}.items())
+def test_a_file_of_another_name_is_known_by_its_content(tmp_path, kind, lines):
+    (tmp_path / "mine.jsonl").write_text(jsonl(lines))
+    assert import_traces(tmp_path / "mine.jsonl", tmp_path / "run")["format"] == kind and len(open_run(tmp_path / "run").index()) >= 1
+
+
+def test_an_import_cannot_be_scored_and_says_so(tmp_path, capsys):
+    (tmp_path / "3.jsonl").write_text(jsonl([verl()]))
+    import_traces(tmp_path, tmp_path / "run")
+    assert main(["trace", "score", str(tmp_path / "run"), "--model", str(tiny_policy())]) == 2
+    assert "holds words, not the tokens of a model" in capsys.readouterr().err and not (tmp_path / "run/scores").exists()
+
+
+def test_an_import_has_words_and_not_tokens(tmp_path, capsys):
+    (tmp_path / "3.jsonl").write_text(jsonl([verl(pred="42")]))
+    import_traces(tmp_path, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    export_html(run, tmp_path / "page.html", id=run.index().id.iloc[0])
+    page = (tmp_path / "page.html").read_text()
+    assert "2 words" in page and "token" not in re.sub(r"<style>.*?</style>", "", page, flags=re.S)
+    assert main(["trace", "show", str(tmp_path / "run"), run.index().id.iloc[0]]) == 0
+    out = capsys.readouterr().out
+    assert '{"pred": "42"}' in out and "token" not in out

@@ -16,7 +16,7 @@ from typing import ClassVar
 from .engines import EngineError, Sampled, Sampling
 from .formats import results_text, text_messages, tool_schemas, turn_kind
 from .writers import EndpointWriter, ask_server, without_thoughts
-from .syntax import syntax_of
+from .families import syntax_of, thought_spans, without_thoughts
 from .trajectory import ToolCall, ToolResult, TurnKind
 
 # %% ../nbs/15_endpoint.ipynb #66d81486
@@ -175,9 +175,11 @@ class EndpointFormat:
         return message, calls, kind
 
     def _parse_text(self, message):
-        end = syntax_of(self.name).end_of_call(message["content"]) if self.first_call_only else None
-        message["content"] = message["content"][:end]
-        try: calls, content = syntax_of(self.name).parse(message["content"], self.tools)
+        syntax, text = syntax_of(self.name), message["content"]
+        visible = lambda text, fill="": without_thoughts(text, thought_spans(text, syntax, "json"), fill)   # thoughts hold no calls
+        end = syntax.end_of_call(visible(text, " ")) if self.first_call_only else None
+        message["content"] = text[:end]
+        try: calls, content = syntax.parse(visible(text[:end]), self.tools)
         except ValueError: calls, content = [], message["content"]
         kind, calls = turn_kind(message["content"], syntax=self.name), calls[:1 if self.first_call_only else None]   # a list may hold several
         made = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
@@ -196,12 +198,12 @@ class EndpointFormat:
         "Messages are whole."
         return bool(ids)
 
-    def cut(self, ids: list[dict]) -> list[dict]:
+    def cut(self, ids: list[dict], prefix: list[dict] = ()) -> list[dict]:
         "The turn: `parse` drops what follows its first call."
         return ids
 
     stop_strings = ()
 
-    def goes_on(self, ids: list[dict]) -> bool:
+    def goes_on(self, ids: list[dict], prefix: list[dict] = ()) -> bool:
         "Never: a message is whole."
         return False

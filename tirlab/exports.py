@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 # %% ../nbs/35a_exports.ipynb #29cda38a
-from .files import write_atomic
+from .files import write_atomic, writing
 from .plots import SCALES, has_metric, token_html
 from .rows import SCHEMA
 from .traces import Run, RunError, TraceRow
@@ -30,7 +30,7 @@ _HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 def _facts(row: TraceRow) -> str:
     "What a row is, in a line."
     known = [f"step {row.step}", f"group {row.group}", f"reward {row.reward:g}" if row.reward is not None else "", row.stop and f"ended by {row.stop}", f"{row.calls} call{'s' * (row.calls > 1)}" if row.calls else "",
-             row.origin if row.origin != "sampled" else "", row.dropped and f"left out of the loss: {row.dropped}", row.answer and f"reference: {row.answer}"]
+             row.origin if row.origin != "sampled" else "", row.dropped and f"left out of the loss: {row.dropped}", row.answer and f"reference: {row.answer}", row.notes and f"also on record: {row.notes}"]
     return html.escape(" · ".join(x for x in known if x))
 
 def page_html(
@@ -94,5 +94,5 @@ def export_dataset(
     for split, part in index.groupby(index.split.fillna("train")):
         blocks = [Dataset.from_list(list(_entries(run, part.id[i:i + 512].tolist(), lost)), features=features) for i in range(0, len(part), 512)]
         parts[str(split)] = concatenate_datasets([b for b in blocks if len(b)] or blocks[:1])
-    DatasetDict(parts).save_to_disk(str(folder))
+    with writing(folder): DatasetDict(parts).save_to_disk(str(folder))
     return {k: len(v) for k, v in parts.items()} | ({"unreadable": len(lost)} if lost else {})

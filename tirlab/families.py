@@ -8,7 +8,6 @@ __all__ = ['GLM', 'LLAMA', 'GPTOSS', 'GEMMA', 'LFM', 'FAMILIES', 'CALL_TAGS', 's
 
 # %% ../nbs/00b_families.ipynb #39724a38
 import json, re
-from typing import Iterator
 
 # %% ../nbs/00b_families.ipynb #9173d92e
 from .syntax import SYNTAXES, Syntax, _name, _plain, _python_calls, _typed, signatures

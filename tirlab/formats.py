@@ -21,7 +21,7 @@ from .chat_templates import prepare_tokenizer, training_template
 from .families import family_of, syntax_of, template_syntax, thinking_tags, thought_spans, without_thoughts
 from .observations import observation_ids, reply_ids, taken_apart
 from .syntax import SYNTAXES
-from .trajectory import ToolCall, ToolResult, TurnKind
+from .trajectory import ToolCall, ToolResult, TurnKind, without_nulls
 
 # %% ../nbs/01_formats.ipynb #08e052f2
 def render_call(
@@ -167,7 +167,7 @@ class ChatFormat:
 
     def prompt(self, messages: list[dict]) -> list[int]:
         "Return the prompt tokens of a conversation, assistant header included."
-        return self.tokenizer.apply_chat_template(messages, tools=self.tools or None, chat_template=self.chat_template,
+        return self.tokenizer.apply_chat_template(without_nulls(messages), tools=self.tools or None, chat_template=self.chat_template,
                                                   add_generation_prompt=True, return_dict=False, **self.template_kwargs)
 
     @property
@@ -302,7 +302,7 @@ class TextFormat:
 
     def prompt(self, messages: list[dict]) -> list[int]:
         "Return the prompt tokens of a conversation, description of the tools and assistant header included."
-        messages = text_messages(messages, self.name, self.tools)
+        messages = text_messages(without_nulls(messages), self.name, self.tools)
         try: return self._render(messages)
         except TemplateError: return self._render(_without_system(messages))
 

@@ -17,7 +17,7 @@ import pandas as pd
 
 # %% ../nbs/33d_groups.ipynb #6c0f196c
 from .plots import text_html
-from .rows import TraceRow
+from .rows import TraceRow, unit_of
 from .run_plots import STATES
 
 # %% ../nbs/33d_groups.ipynb #ee138021
@@ -43,9 +43,10 @@ def prompts(
     "The prompts of a step."
     rows = []
     for (split, group), g in index.groupby([index.split.fillna("train"), "group"], sort=True):
-        known = g.reward.dropna()
+        known, finite = g.reward.dropna(), g.reward[g.reward.abs() < np.inf]
+        with np.errstate(over="ignore"): mean, spread = ((x if np.isfinite(x) else np.nan) for x in (finite.mean(), finite.std(ddof=0)))
         void = [is_void(k, s, d) for k, s, d in zip(g.turn_kinds, g.stop, g.dropped)]
-        rows.append({"split": split, "group": int(group), "task": g.task.iloc[0], "prompt": g.prompt.iloc[0], "n": len(g), "mean": known.mean(), "std": known.std(ddof=0), "best": known.max(),
+        rows.append({"split": split, "group": int(group), "task": g.task.iloc[0], "prompt": g.prompt.iloc[0], "n": len(g), "mean": mean, "std": spread, "best": known.max(),
                      "level": len(known) > 1 and known.nunique() == 1, "void": float(np.mean(void)), "turns": g.turns.mean(), "tokens": g.model_tokens.mean(),
                      "dropped": _words(list(g.dropped)), "marks": _words([MARKS.get(o) for o in g.origin])})
     return pd.DataFrame(rows, columns=["split", "group", "task", "prompt", "n", "mean", "std", "best", "level", "void", "turns", "tokens", "dropped", "marks"])
@@ -60,9 +61,9 @@ def structure_html(
 ) -> str:
     "The turns of a rollout as a bar."
     kind = lambda j: row.turn_kinds[j] if j < len(row.turn_kinds) else "unknown"
-    said = lambda j, w, n: f"Turn {j + 1}: {kind(j).replace('_', ' ') if w else 'answer of the tool'}, {n} token{'s' * (n != 1)}"
+    said = lambda j, w, n: f"Turn {j + 1}: {kind(j).replace('_', ' ') if w else 'answer of the tool'}, {n} {unit_of(row, n)}"
     cell = lambda j, w, n: f'<b class="{"k-" + kind(j) if w and kind(j) in STATES else "k-tool" if not w else "k-other"}" style="flex:{n}" title="{html.escape(said(j, w, n))}"></b>'
-    told = "; ".join(said(*p) for p in _parts(row)) or "no tokens"
+    told = "; ".join(said(*p) for p in _parts(row)) or "nothing"
     return f'<div class="shape" role="img" aria-label="{html.escape(told)}">{"".join(cell(*p) for p in _parts(row))}</div>'
 
 # %% ../nbs/33d_groups.ipynb #b488fd06
@@ -105,15 +106,15 @@ def diff_html(
 ) -> str:               # HTML; whatever the policy wrote is escaped in it
     "A rollout beside the best of its group, from the first token where they part."
     at = 0 if row is best or row.id == best.id else parting(row, best)
-    if at is None: return '<p class="same">The same tokens as the best.</p>'
+    if at is None: return '<p class="same">The same text as the best.</p>' if unit_of(row) != "token" else '<p class="same">The same tokens as the best.</p>'
     a, b, ra, rb = at, at, min(len(row.ids), at + most), min(len(best.ids), at + most)
     if row.id == best.id: body, head = _pieces(row, a, ra, None), "The best of this prompt, from its beginning"
     else:
         blocks = SequenceMatcher(None, best.ids[b:rb].tolist(), row.ids[a:ra].tolist(), autojunk=False).get_opcodes()
         body = "".join(_pieces(row, a + j1, a + j2, None) if op == "equal" else _pieces(best, b + i1, b + i2, "del") + _pieces(row, a + j1, a + j2, "ins") for op, i1, i2, j1, j2 in blocks)
         turn = int(row.turn[at]) if at < len(row.turn) else len(row.turn_kinds)
-        head = f"Parts from the best at token {at + 1}" + (f", in turn {turn + 1}" if at < len(row.turn) else ", where it ends")
-    rest = f'<span class="o"> … {len(row.ids) - ra} more tokens</span>' if ra < len(row.ids) else ""
+        head = f"Parts from the best at {unit_of(row)} {at + 1}" + (f", in turn {turn + 1}" if at < len(row.turn) else ", where it ends")
+    rest = f'<span class="o"> … {len(row.ids) - ra} more {unit_of(row, 2)}</span>' if ra < len(row.ids) else ""
     return f'<p class="same">{head}</p><div class="text" tabindex="0">{body}{rest}</div>'
 
 # %% ../nbs/33d_groups.ipynb #19cb00ed

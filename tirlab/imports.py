@@ -18,20 +18,17 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 # %% ../nbs/35_imports.ipynb #d3445285
-from .token_imports import read_lines, read_prime_file, read_verifiers_file, spoken
+from .token_imports import as_messages, notes_of, number_of, read_lines, read_prime_file, read_results_file, read_verifiers_file, spoken, text_of, whole_of
 from .traces import RunError, RunWriter, TraceRow, check_folder, trace_id
+from .trajectory import without_nulls
 
 # %% ../nbs/35_imports.ipynb #9ee510b7
 _TRL = {"step", "prompt", "completion", "advantage"}
 
-def _number(x) -> float | None:
-    "A number, None for anything else."
-    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) and x == x else None
-
-def _messages(x) -> list[dict]:
-    "A conversation; plain text is what one speaker said, who has no name."
-    if isinstance(x, str): return [{"content": x}]
-    return [m for m in x if isinstance(m, dict)] if isinstance(x, list) else []
+def _rewards(x: dict, told: set) -> dict[str, float]:
+    "Fields that are rewards: numbers and booleans, and text that is a number where the name says that it is one."
+    named = lambda k, v: not isinstance(v, str) or re.search(r"acc|score|reward|correct", k, re.I)
+    return {k: number for k, v in x.items() if k not in told and named(k, v) and (number := number_of(v)) is not None}
 
 def read_trl_file(
     file: Path,   # completions_00042.parquet
@@ -40,13 +37,15 @@ def read_trl_file(
     "Completions as TRL logs them. Raises: OSError or an Arrow exception where the file cannot be read."
     table = pq.read_table(file)
     if not _TRL - {"advantage"} <= set(table.column_names): return [], len(table)
-    named = [f.name for f in table.schema if f.name not in _TRL and (pa.types.is_floating(f.type) or pa.types.is_integer(f.type))]
+    measured = lambda t: pa.types.is_floating(t) or pa.types.is_integer(t) or pa.types.is_boolean(t)
+    named = [f.name for f in table.schema if f.name not in _TRL | {"answer"} and measured(f.type)]
     found = []
     for x in table.to_pylist():
-        if not isinstance(x["step"], int) or not isinstance(x["completion"], (str, list)): continue
-        rewards = {name: _number(x[name]) for name in named}
-        found.append(spoken(_messages(x["prompt"]), _messages(x["completion"]), advantage=_number(x.get("advantage")), step=x["step"], rewards=rewards,
-                            reward=rewards[named[0]] if len(named) == 1 else None, answer=x.get("answer") if isinstance(x.get("answer"), str) else None))
+        if (step := whole_of(x["step"])) is None or not isinstance(x["completion"], (str, list)): continue
+        rewards = dict.fromkeys(named) | _rewards(x, _TRL | {"answer"})
+        prompt, completion = (without_nulls(as_messages(x[name])) for name in ("prompt", "completion"))
+        found.append(spoken(prompt, completion, advantage=number_of(x.get("advantage")), step=step, rewards=rewards, reward=next(iter(rewards.values())) if len(rewards) == 1 else None,
+                            answer=text_of(x.get("answer")), notes=notes_of(x, _TRL | {"answer"} | set(rewards))))
     return found, len(table) - len(found)
 
 # %% ../nbs/35_imports.ipynb #429733eb
@@ -57,26 +56,45 @@ def read_verl_file(
     "Samples as verl dumps them. Raises: OSError where the file cannot be read."
     lines, skipped = read_lines(file)
     ours = [x for x in lines if isinstance(x.get("input"), str) and isinstance(x.get("output"), str)]
-    number = int(file.stem) if file.stem.isdigit() else 0
-    named = lambda x: {k: v for k in sorted(x) if k not in ("step", "score") and (v := _number(x[k])) is not None}
-    return [spoken(_messages(x["input"]), _messages(x["output"]), step=x["step"] if type(x.get("step")) is int else number, reward=_number(x.get("score")),
-                   rewards=named(x), answer=x.get("gts") if isinstance(x.get("gts"), str) else None) for x in ours], skipped + len(lines) - len(ours)
+    number, told = whole_of(file.name.split(".")[0]) or 0, {"input", "output", "gts", "step", "score"}   # `gts` is the reference, whatever its type
+    return [spoken(as_messages(x["input"]), as_messages(x["output"]), step=number if (step := whole_of(x.get("step"))) is None else step, reward=number_of(x.get("score")),
+                   rewards=(rewards := dict(sorted(_rewards(x, told).items()))), answer=text_of(x.get("gts")), notes=notes_of(x, told | set(rewards))) for x in ours], skipped + len(lines) - len(ours)
 
 # %% ../nbs/35_imports.ipynb #b874e831
-_KINDS = {"trl": ("completions_*.parquet", read_trl_file), "prime-rl": ("rank_*.jsonl", read_prime_file), "verifiers": ("traces.jsonl", read_verifiers_file),
-          "verl": ("[0-9]*.jsonl", read_verl_file)}
-_SHOWN = "completions_*.parquet (TRL), step_*/rank_*.jsonl (prime-rl), traces.jsonl (verifiers) or 42.jsonl (verl)"
+_READERS = {"trl": read_trl_file, "prime-rl": read_prime_file, "verifiers": read_verifiers_file, "vf-eval": read_results_file, "verl": read_verl_file}
+_NAMES = (("trl", "completions_*.parquet"), ("prime-rl", "rank_*.jsonl"), ("verifiers", "traces.jsonl"), ("verifiers", "stream.jsonl"), ("verifiers", "stream/[0-9]*.jsonl"),
+          ("vf-eval", "results.jsonl"), ("verl", "[0-9]*.jsonl"))   # the first that fits
+_SHOWN = "completions_*.parquet (TRL), step_*/rank_*.jsonl (prime-rl), traces.jsonl or stream.jsonl (verifiers), results.jsonl (vf-eval) or 42.jsonl (verl)"
+
+def _plain_name(file: Path) -> Path:
+    "A file's name without what says that it is compressed."
+    return file.with_suffix("") if file.suffix in (".gz", ".zst") else file
+
+def _kind(file: Path, below: int) -> str | None:
+    "Whose file it is by its name; folders of what prime-rl adds later and of what is not done hold none."
+    if {"annotations", "live"} & set(file.parts[below:-1]): return None
+    return next((kind for kind, name in _NAMES if _plain_name(file).match(name)), None)
+
+def _kind_by_content(file: Path) -> str | None:
+    "Whose file it is by its first line, whatever it is called."
+    try: first = next(iter(read_lines(file)[0]), {}) if _plain_name(file).suffix in (".jsonl", ".json") else {}
+    except (OSError, pa.ArrowException): return None
+    signs = {"verifiers": {"traces"}, "prime-rl": {"token_ids", "loss_mask"}, "verl": {"input", "output"}, "vf-eval": {"prompt", "completion"}}
+    return next((kind for kind, names in signs.items() if names <= set(first)), None)
 
 def _order(file: Path): return [[int(x) if x.isdigit() else 0 for x in re.findall(r"\d+", part)] for part in file.parts[-5:]], str(file)
 
 def find_records(
     source: str | Path,   # a file, or a folder at any depth of which they are
-) -> tuple[str, list[Path]]:   # trl, prime-rl, verifiers or verl; its files in the order of steps
+) -> tuple[str, list[Path]]:   # trl, prime-rl, verifiers, vf-eval or verl; its files in the order of steps
     "Files of a known format. Raises: RunError if there are none, or those of two."
     source = Path(source)
     if not source.exists(): raise RunError(f"There is nothing at {source}: check the path.")
-    files = [source] if source.is_file() else sorted((Path(d)/f for d, _, inside in os.walk(source) for f in inside if not f.startswith(".")), key=_order)
-    found = {kind: some for kind, (name, _) in _KINDS.items() if (some := [f for f in files if f.match(name)])}
+    if source.is_file(): files = {source: _kind(source, -1) or _kind_by_content(source)}
+    else: files = {f: _kind(f, len(source.parts)) for f in sorted((Path(d)/f for d, _, inside in os.walk(source) for f in inside if not f.startswith(".")), key=_order)}
+    twins = {f for f in files if _plain_name(f) != f and _plain_name(f) in files}   # a chunk that is being compressed
+    found = {kind: some for kind in _READERS if (some := [f for f, k in files.items() if k == kind and f not in twins])}
+    if len(found) > 1: found.pop("vf-eval", None)   # many write a results.jsonl
     if any(f.parent.name == "all" for f in found.get("verifiers", [])): found["verifiers"] = [f for f in found["verifiers"] if f.parent.name != "effective"]   # a part of the others
     if len(found) == 1: return next(iter(found.items()))
     if found: raise RunError(f"{source} holds records of {' and '.join(found)}: give the folder of one of them, such as {next(iter(found.values()))[0].parent}.")
@@ -116,15 +134,23 @@ def import_traces(
     piece, names, told = _pieces(tokenizer), _Names(), {"format": kind, "path": str(Path(source).resolve()), "tokenizer": tokenizer, "trajectories": 0, "skipped": 0, "unreadable": []}
     writer = None
     for file in tqdm(files, desc=f"import {kind}", unit="file"):
-        try: rows, skipped = _KINDS[kind][1](file, piece)
+        try: rows, skipped = _READERS[kind](file, piece)
         except (OSError, ValueError, pa.ArrowException): told["unreadable"].append(file.name); continue
         told["skipped"] += skipped
         if rows and writer is None: writer = RunWriter(out, {"model": None, "source": told, "config": {}, "control_tokens": []})
-        if rows: _write(writer, rows, names, told)
+        if rows: _write_or_fail(writer, rows, names, told)
     if writer is None: raise RunError(f"Nothing in {source} could be read as records of {kind} ({told['skipped']} lines were none, {len(told['unreadable'])} files are damaged): give a folder with {_SHOWN}.")
     writer.meta["source"] = told
     writer.close()
     return told
+
+def _write_or_fail(writer, rows, names, told):
+    "Rows of a file; where they cannot be written, the run says so."
+    try: _write(writer, rows, names, told)
+    except (OSError, ValueError) as e:
+        try: writer.close("failed", str(e))
+        except OSError: pass   # it has its own sentence
+        raise
 
 def _write(writer, rows, names, told):
     "Rows of a file, step by step; what the format does not hold is null in the index."

@@ -45,8 +45,8 @@ def _one_by_one(lines: list[bytes], required: dict) -> pa.Table:
         except (ValueError, RecursionError): continue
         if isinstance(record, dict) and all(type(record.get(k)) is t and (t is not int or abs(record[k]) < 2**63) for k, t in required.items()): found.append(record)
     columns = {f.name: pa.array([_fit(r.get(f.name), f.type) for r in found], f.type) for f in INDEX_SCHEMA}
-    rewards = [{str(k): _fit(v, pa.float64()) for k, v in r["rewards"].items()} if isinstance(r.get("rewards"), dict) else None for r in found]
-    return pa.table(columns | {"rewards": pa.array(plain(rewards))})
+    rewards = [{plain(k): _fit(v, pa.float64()) for k, v in r["rewards"].items()} if isinstance(r.get("rewards"), dict) else None for r in found]
+    return pa.table(columns | {"rewards": pa.array(rewards)})
 
 # %% ../nbs/30c_index.ipynb #ceaf3290
 _OPTIONS = pj.ParseOptions(explicit_schema=INDEX_SCHEMA, unexpected_field_behavior="infer")

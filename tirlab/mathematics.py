@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/04a_mathematics.ipynb #8fbf56d9
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 # %% ../nbs/04a_mathematics.ipynb #02c046bf
@@ -39,8 +40,9 @@ def reference_answer(
     found = truth.get("ground_truth") if isinstance(truth, dict) else _field(row, _ANSWERS)
     while isinstance(found, (list, tuple)) and found: found = found[0]
     if found is None or isinstance(found, bool): return None
-    if isinstance(found, float) and found.is_integer(): found = int(found)
+    if type(found) is float and found.is_integer(): found = int(found)
     text = str(found).strip()
+    if isinstance(found, float): text = re.sub(r"(?<=\d)\.0*$", "", text)   # 27.0, however long
     if "####" in text: text = text.rpartition("####")[2].strip()
     elif (box := boxed(text)) is not None: text = box
     elif _field(row, ("solution",)) == found: return None   # a solution that does not say which of its numbers is the answer
@@ -72,24 +74,34 @@ BENCHMARKS = {   # name -> data set on the hub, its configuration, its split
 }
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
+class _Spelt(float):
+    "A number of a JSON file that is printed as it is written there."
+    def __new__(cls, text): return super().__new__(cls, text)
+    def __init__(self, text): self.text = text
+    def __str__(self): return self.text
+
+def _csv(path):
+    "Rows of a CSV file, every cell as text: 007, NA and True are answers, not a number, nothing and a boolean."
+    import pandas as pd
+    return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records")
+
 def _from_file(path):
     "Rows of a local file, as they stand there."
     if not path.is_file(): raise ValueError(f"There is no file {path}; give one with {', '.join(SUFFIXES)}.")
     if path.suffix == ".jsonl": return _json_lines(path)
     if path.suffix == ".json":
-        try: rows = json.loads(path.read_bytes())
+        try: rows = json.loads(path.read_bytes(), parse_float=_Spelt)
         except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
         if isinstance(rows, list) and all(isinstance(r, dict) for r in rows): return rows
         raise ValueError(f"{path} is not a list of objects; give one a problem.")
-    import pandas as pd
-    try: return (pd.read_parquet if path.suffix == ".parquet" else pd.read_csv)(path).astype(object).to_dict("records")
+    try: return pq.read_table(path).to_pylist() if path.suffix == ".parquet" else _csv(path)
     except Exception as e: raise ValueError(f"{path} cannot be read ({type(e).__name__}: {' '.join(str(e).split()):.120}).") from None
 
 def _json_lines(path):
     rows = []
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip(): continue
-        try: rows.append(json.loads(line))
+        try: rows.append(json.loads(line, parse_float=_Spelt))
         except ValueError: rows.append(None)
         if not isinstance(rows[-1], dict): raise ValueError(f"{path}, line {n} is no JSON object; mend it or leave it out.")
     return rows

@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 # %% ../nbs/33_plots.ipynb #aae36e37
-from .rows import TraceRow
+from .rows import TraceRow, unit_of
 
 # %% ../nbs/33_plots.ipynb #4165eeeb
 _hung = set()   # browsers that did not answer
@@ -218,7 +218,7 @@ def has_metric(
 # %% ../nbs/33_plots.ipynb #d42a8f9f
 def _tip(row: TraceRow, i: int, values: dict) -> str:
     "What is known about a token, a line each; nothing about what was not measured. `values` is metric -> (T,)."
-    lines = [f"{row.text[i]!r}   id {row.ids[i]}"]
+    lines = [f"{row.text[i]!r}" + f"   id {row.ids[i]}" * bool(row.ids[i] >= 0)]
     if row.mask[i]:
         known = {name: float(v[i]) for name, v in values.items() if not np.isnan(v[i])}
         names = {"logprob": "log-probability", "mismatch": "trainer minus sampler"}
@@ -292,7 +292,7 @@ def _turn_html(row: TraceRow, j: int, parts: list, n: int) -> str:
     "One turn: a head with its numbers, what the model wrote, what the tool answered."
     kind = html.escape(row.turn_kinds[j].replace("_", " ")) if j < len(row.turn_kinds) else ""
     numbers = _number("reward", row.turn_rewards, j) + _number("advantage", row.turn_advantages, j)
-    size = f"{n} token{'s' * (n != 1)}"
+    size = f"{n} {unit_of(row, n)}"
     head = f"<header><b>Turn {j + 1}</b><span>{kind}</span>{_tag('span', 'dim', size)}{_tag('span', 'num', numbers)}</header>"
     label = _tag("div", "label", "tool, as the model reads it")
     body = [_tag("div", "text", text) if wrote else _tag("div", "tool", label, _tag("div", "text", text)) for wrote, text in parts]
@@ -321,6 +321,6 @@ def token_html(
     control: tuple = (),        # texts of the control tokens, to be framed
 ) -> str:                       # HTML; whatever the policy wrote is escaped in it
     "A trajectory to read: legend, prompt, turns and tool answers, tokens coloured by a metric. Raises: KeyError for an unknown metric."
-    size, text = f"{len(row.prompt_ids)} tokens", text_html("".join(row.prompt_text))
+    size, text = f"{len(row.prompt_ids)} {unit_of(row, len(row.prompt_ids))}", text_html("".join(row.prompt_text))
     prompt = f"<details><summary>Prompt {_tag('span', 'dim', size)}</summary>{_tag('div', 'text', text)}</details>"
-    return _tag("div", "tl", style_html(metric), legend_html(metric), prompt, turns_html(row, metric, control))
+    return _tag("div", "tl", style_html(metric), legend_html(metric) if has_metric(row, metric) else "", prompt, turns_html(row, metric, control))

@@ -39,7 +39,7 @@ class Recorder:
         writer: RunWriter,    # an open run folder
         tokenizer: Any,       # decodes tokens one by one
     ):
-        self.writer, self.waiting, self.step, self._count = writer, {}, 0, 0
+        self.writer, self.waiting, self.step, self._count, self._lines = writer, {}, 0, 0, []
         self.piece = lru_cache(maxsize=None)(lambda i: tokenizer.decode([i]))
         self._lock, self._closed = threading.Lock(), threading.Event()
         threading.Thread(target=self._heartbeat, daemon=True).start()
@@ -86,21 +86,26 @@ class Recorder:
     def write(self,
         gather: Callable[[list], list] = lambda lines: lines,   # collects index lines over processes
     ) -> None:
-        "Write what waits, scored or not, and add it to the index."
-        waiting, self.waiting = list(self.waiting.values()), {}
-        lines = []
-        for split in dict.fromkeys(row["split"] for row in waiting):
-            rows = [trace_row(piece=self.piece, **row) for row in waiting if row["split"] == split]
-            lines += self.writer.write_tokens(rows[0].step, rows, split)
-        lines = gather(lines)
+        "Write what waits, scored or not, and add it to the index. What could not be written waits on."
+        for split in dict.fromkeys(row["split"] for row in self.waiting.values()):
+            some = {n: row for n, row in self.waiting.items() if row["split"] == split}
+            rows = [trace_row(piece=self.piece, **row) for row in some.values()]
+            self._lines += self.writer.write_tokens(rows[0].step, rows, split)
+            for n in some: del self.waiting[n]
+        lines = gather(self._lines)
         if self.writer.rank == 0: self.writer.append_index(lines)
+        self._lines = []
 
     def close(self,
         status: str = "finished",     # finished | interrupted | failed
         error: str | None = None,     # one sentence, for a failed run
         gather: Callable[[list], list] = lambda lines: lines,   # collects index lines over processes; only where all of them get here
     ) -> None:
-        "Write what still waits and say how the run ended."
-        self.write(gather)
+        "Write what still waits and say how the run ended: a disk that is full makes it a failed one."
+        lost, ended = None, status
+        try: self.write(gather)
+        except Exception as e: lost, status, error = e, "failed", error or str(e)
         with self._lock: self._closed.set()
-        self.writer.close(status, error)
+        try: self.writer.close(status, error)
+        except OSError as e: lost = lost or e
+        if lost and ended == "finished": raise lost   # else something else is on its way up already

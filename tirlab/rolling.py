@@ -25,7 +25,7 @@ from .recording import step_on_record
 from .rollout import failing_tools, rollout_metrics, rollouts
 from .sampler import gathered, keep_up, make_engine, sampling_of, trl_engine
 from .supervision import Hints, Plan, hinted, make_plan
-from .trajectory import ToolError
+from .trajectory import ToolError, without_nulls
 
 # %% ../nbs/40f_rolling.ipynb #69e5d96f
 class Rolling:
@@ -70,7 +70,7 @@ def _tokenize_prompts(self: Rolling, prompts):
     "TRL's rendered prompts; in another call format, ours; in a batch that was put together, those that were rolled out."
     self._messages = prompts
     if self._filled: return [t.prompt_ids if t.turns else t.prompt_ids[-1:] for t in self._filled.trajectories], None, {}
-    if not (self.args.call_format or self._brings_tools): return super(Rolling, self)._tokenize_prompts(prompts)
+    if not (self.args.call_format or self._brings_tools): return super(Rolling, self)._tokenize_prompts([p if isinstance(p, str) else without_nulls(p) for p in prompts])
     return [f.prompt(p) for f, p in zip(self._formats(len(prompts)), prompts)], None, {}
 
 # %% ../nbs/40f_rolling.ipynb #e51893e3

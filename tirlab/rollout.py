@@ -62,7 +62,7 @@ class _Read:
 def _read(sampled, ids, format, limits, room, seconds):
     "What a sampled turn amounts to; None where nothing was sampled."
     size = min(len(sampled.ids), room)
-    if limits.first_call_only: size = min(size, len(format.cut(sampled.ids[:size])))
+    if limits.first_call_only: size = min(size, len(format.cut(sampled.ids[:size], ids)))
     if not size: return None
     new, logprobs = sampled.ids[:size], sampled.logprobs and sampled.logprobs[:size]
     ended = sampled.stop == "end" if size == len(sampled.ids) else limits.first_call_only and size < room
@@ -135,7 +135,7 @@ async def _one_turn(engine, ids, sampling, format, noise):
         seed = None if noise is None else noise_seed(*noise, *[part] * bool(part))
         out = await engine.generate(ids + new, replace(sampling, max_new_tokens=room, seed=seed))
         new, logprobs, stop = new + out.ids, None if logprobs is None or out.logprobs is None else logprobs + list(out.logprobs), out.stop
-        if not out.ids or stop != "end" or format is None or not format.goes_on(new): break
+        if not out.ids or stop != "end" or format is None or not format.goes_on(new, ids): break
         stop = "length"   # unless the next part says otherwise
     return Sampled(new, logprobs, stop)
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 # %% ../nbs/30e_scored.ipynb #27856c08
+from .files import writing
 from .rows import ROWS_PER_GROUP
 
 # %% ../nbs/30e_scored.ipynb #d19d4c43
@@ -28,9 +29,10 @@ def write_scored(
     "Write what a checkpoint makes of the tokens of one file."
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(pa.table([ids, [np.asarray(x, "float32") for x in logprobs]], schema=_SCHEMA), temporary, row_group_size=ROWS_PER_GROUP, compression="zstd",
-                       use_dictionary=False, write_statistics=False, column_encoding={"logprob.list.element": "BYTE_STREAM_SPLIT"})
-        os.replace(temporary, path)
+        with writing(path):
+            pq.write_table(pa.table([ids, [np.asarray(x, "float32") for x in logprobs]], schema=_SCHEMA), temporary, row_group_size=ROWS_PER_GROUP, compression="zstd",
+                           use_dictionary=False, write_statistics=False, column_encoding={"logprob.list.element": "BYTE_STREAM_SPLIT"})
+            os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
 def read_scored(

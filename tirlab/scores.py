@@ -66,6 +66,8 @@ def check_tokens(
     "Raises: RunError if a checkpoint does not know a run's tokens, or has others in their places."
     known = model.get_input_embeddings().num_embeddings
     flat = lambda column: table[column].combine_chunks().flatten()
+    if any(len(x := flat(c)) and int(np.min(x)) < 0 for c in ("ids", "prompt_ids")):
+        raise RunError("This run holds words, not the tokens of a model, as imports of text and evaluations of an endpoint do: import it with --tokenizer if its format has tokens; else it cannot be scored.")
     largest = max([int(np.max(x)) for c in ("ids", "prompt_ids") if len(x := flat(c))], default=0)
     if largest >= known: raise RunError(f"{name} knows {known} tokens, the run has number {largest}: score with a checkpoint that has the run's tokenizer.")
     texts = dict(zip(flat("ids").to_pylist(), flat("text").to_pylist()))

@@ -6,6 +6,7 @@
 __all__ = ['QUANTILES', 'STEP_COLUMNS', 'step_line', 'step_lines']
 
 # %% ../nbs/30d_steps.ipynb #68f72559
+import math
 from collections import Counter
 
 # %% ../nbs/30d_steps.ipynb #60c032be
@@ -20,17 +21,25 @@ from .files import plain
 _SUMS = ("tokens", "model_tokens", "turns", "calls", "failed_calls", "tool_seconds")
 _MEANS = ("mean_logprob", "mean_entropy", "mean_surprise", "mean_sampling_logprob")
 
+def _known(values: list) -> list:
+    "The finite numbers among values: a line of the index says infinity with a word."
+    return [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+
+def _finite(value: float) -> float | None:
+    "A summary with six digits; None where it is too large for a float."
+    return round(float(value), 6) if math.isfinite(value) else None
+
 def _weighted(values: list, weights: list) -> float | None:
-    "Mean of the values that are there; None if none is."
-    pairs = [(v, w) for v, w in zip(values, weights) if v is not None and w]
-    return round(sum(v * w for v, w in pairs) / sum(w for _, w in pairs), 6) if pairs else None
+    "Mean of the values that are known; None if none is."
+    pairs = [(v, w) for v, w in zip(values, weights) if _known([v]) and w]
+    return _finite(sum(v * w for v, w in pairs) / sum(w for _, w in pairs)) if pairs else None
 
 def _rewards(lines: list[dict]) -> dict:
     "What became of the rewards: mean, deviation, share above zero, and groups in which all are the same."
-    known, groups = [r for x in lines if isinstance(r := x.get("reward"), (int, float))], {}
+    known, groups = _known([x.get("reward") for x in lines]), {}
     for x in lines: groups.setdefault(x.get("group"), []).append(x.get("reward"))
     level = sum(len(g) > 1 and g[0] is not None and len(set(g)) == 1 for g in groups.values())
-    mean, deviation, above = (round(float(f), 6) for f in (np.mean(known), np.std(known), np.mean(np.array(known) > 0))) if known else (None,) * 3
+    with np.errstate(over="ignore"): mean, deviation, above = map(_finite, (np.mean(known), np.std(known), np.mean(np.array(known) > 0))) if known else (None,) * 3
     return {"reward": mean, "reward_std": deviation, "positive": above, "groups": len(groups), "level_groups": level}
 
 # %% ../nbs/30d_steps.ipynb #05674908
@@ -38,7 +47,7 @@ QUANTILES = (.05, .25, .5, .75, .95)   # over the trajectories of a step
 
 def _quantiles(values: list) -> list[float] | None:
     "The quantiles of what was measured, with four digits."
-    known = [v for v in values if v is not None]
+    known = _known(values)
     return [float(f"{q:.4g}") for q in np.quantile(known, QUANTILES)] if known else None
 
 def _control(lines: list[dict]) -> dict:
@@ -46,7 +55,7 @@ def _control(lines: list[dict]) -> dict:
     probed = [x for x in lines if x.get("control_mean")]
     if not probed: return dict.fromkeys(("control_mean", "control_quantiles", "control_peak_quantiles", "control_peaks"))
     means, peaks = zip(*[x["control_mean"] for x in probed]), list(zip(*[x["control_peak"] for x in probed]))
-    means, tops = list(means), [sorted(((p[0], int(p[1]), x["id"]) for p, x in zip(k, probed) if p), key=lambda t: -t[0])[:3] for k in peaks]
+    means, tops = list(means), [sorted(((p[0], int(p[1]), x["id"]) for p, x in zip(k, probed) if p and _known([p[0]])), key=lambda t: -t[0])[:3] for k in peaks]
     return {"control_mean": [_weighted(m, [x.get("model_tokens") for x in probed]) for m in means], "control_quantiles": [_quantiles(m) for m in means],
             "control_peak_quantiles": [_quantiles([p and p[0] for p in k]) for k in peaks], "control_peaks": [[list(t) for t in top] for top in tops]}
 
@@ -60,7 +69,7 @@ def step_line(
 ) -> dict:               # keys STEP_COLUMNS
     "What the trajectories of a step come to."
     column = lambda name: [x.get(name) for x in lines]
-    sums, lowest = {name: sum(known) if (known := [v for v in column(name) if v is not None]) else None for name in _SUMS}, [v for v in column("min_logprob") if v is not None]
+    sums, lowest = {name: total if (known := _known(column(name))) and math.isfinite(total := sum(known)) else None for name in _SUMS}, _known(column("min_logprob"))
     means = {name: _weighted(column(name), column("model_tokens")) for name in _MEANS}
     words = {name: dict(Counter(w for w in column(key) if w is not None)) for name, key in _WORDS.items()}
     kinds = dict(Counter(k for x in lines for k in x.get("turn_kinds") or []))

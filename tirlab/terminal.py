@@ -48,7 +48,8 @@ def shown(
     facts = [row.id, f"step {row.step}", f"group {row.group}", f"reward {row.reward:g}" if row.reward is not None else "", row.stop, row.origin if row.origin != "sampled" else "", row.dropped or ""]
     parts = [Text(safe(" · ".join(x for x in facts if x)), style="bold"), Panel(Text(safe("".join(row.prompt_text)), style="dim"), title="prompt", title_align="left")]
     parts += [_turn(row, j, list(tokens), values) for j, tokens in groupby(range(len(row.ids)), key=lambda i: int(row.turn[i]))]
-    return Group(*parts, Text(f"reference: {safe(row.answer)}" if row.answer else "", style="dim"))
+    told = [f"{name}: {safe(value)}" for name, value in (("reference", row.answer), ("also on record", row.notes)) if value]
+    return Group(*parts, Text("\n".join(told), style="dim"))
 
 # %% ../nbs/35b_terminal.ipynb #cb8bb309
 def _cell(x) -> str:
@@ -70,5 +71,6 @@ def overview(
     meta, steps, index = run.meta(), run.steps().tail(last), run.index().tail(last)
     names = {"step": "step", "split": "split", "trajectories": "rollouts", "reward": "reward", "positive": "above 0", "mean_entropy": "entropy", "calls": "calls", "failed_calls": "failed"}
     rows = {"id": "id", "reward": "reward", "stop": "ended by", "turns": "turns", "model_tokens": "tokens", "prompt": "prompt"}
+    rows = {name: title for name, title in rows.items() if name == "id" or not len(index) or index[name].notna().any()}   # an import may have no tokens
     head = Text(safe(f"{run.path.resolve().name} · {run.status()} · step {meta.get('step', 0)}"), style="bold")
     return Group(head, Text(safe(str(meta.get("error") or "")), style="red"), _table(steps, names), Text(), _table(index, rows), Text("tirlab trace show RUN ID shows one of them", style="dim"))

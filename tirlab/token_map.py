@@ -34,8 +34,8 @@ def token_metrics(
     scored: dict[str, np.ndarray] | None = None,   # checkpoint -> (T,) its log-probabilities of the same tokens, nats
 ) -> dict[str, np.ndarray]:                    # metric -> (T,) float32; only those with a value, NaN on observations
     "All that is known about the tokens the model wrote, by the names that `scale_of` knows."
-    gap = row.logprob - row.sampling_logprob
-    found = {"logprob": row.logprob, "entropy": row.entropy, "advantage": row.advantage, "ratio": np.exp(gap), "mismatch": gap, "surprise": row.surprise,
+    with np.errstate(invalid="ignore", over="ignore"): ratio = np.exp(gap := row.logprob - row.sampling_logprob)   # infinite ones have no difference
+    found = {"logprob": row.logprob, "entropy": row.entropy, "advantage": row.advantage, "ratio": ratio, "mismatch": gap, "surprise": row.surprise,
              "sampling_logprob": row.sampling_logprob}
     if row.control.shape[1] == len(control): found |= {f"p:{c}": np.exp(row.control[:, k].astype("float32")) for k, c in enumerate(control)}
     found |= {f"shift:{name}": other - recorded_logprob(row) for name, other in (scored or {}).items() if len(other) == len(row.ids)}
@@ -76,14 +76,15 @@ def turn_kl(
     other: np.ndarray,    # (T,) log-probabilities of its tokens under a checkpoint, nats
 ) -> dict[int, float]:    # turn -> nats, summed over what the model wrote
     "KL divergence from the recorded policy to a checkpoint, estimated a turn. Source: Schulman, Approximating KL Divergence (2020), estimator k3."
-    distance = (other - recorded_logprob(row)).astype("float64")
-    k3 = np.exp(distance) - 1 - distance
-    known = ~np.isnan(k3)
+    with np.errstate(invalid="ignore", over="ignore"):   # of two tokens that are impossible, and of one that was
+        distance = (other - recorded_logprob(row)).astype("float64")
+        k3 = np.exp(distance) - 1 - distance
+    known = np.isfinite(k3)
     return {int(j): float(k3[known & (row.turn == j)].sum()) for j in np.unique(row.turn[known])}
 
 def _number(values: list, j: int) -> float | None:
-    "Entry `j`, None where there is none."
-    return None if j >= len(values) or values[j] is None or np.isnan(values[j]) else float(values[j])
+    "Entry `j`, None where there is none, or none that JSON can hold."
+    return None if j >= len(values) or values[j] is None or not np.isfinite(values[j]) else float(values[j])
 
 def turn_list(
     row: TraceRow,                                 # a trajectory
@@ -107,7 +108,7 @@ def spikes(
     "Places where a metric is far from what is plain, one for each stretch of neighbours."
     values = np.asarray(values, "float64")
     end = np.where(values < scale.plain, scale.low, scale.high) - scale.plain
-    strength = np.nan_to_num(np.abs(values - scale.plain) / np.where(end == 0, np.inf, np.abs(end)))
+    with np.errstate(invalid="ignore"): strength = np.nan_to_num(np.abs(values - scale.plain) / np.where(end == 0, np.inf, np.abs(end)))
     over = np.flatnonzero(strength >= far)
     stretch = np.cumsum(np.diff(over, prepend=-9) > 1)
     best = np.lexsort((-strength[over], stretch))

@@ -17,7 +17,7 @@ import pyarrow as pa
 from fastcore.basics import patch
 
 # %% ../nbs/31_traces.ipynb #800239b9
-from .files import Tail, append_lines, plain, trim_torn, write_atomic
+from .files import Tail, append_lines, plain, trim_torn, write_atomic, write_over
 from .index import INDEX_COLUMNS, IndexTail
 from .rows import TraceRow, index_line, read_row, trace_id, write_parquet
 from .scored import read_scored, score_sets
@@ -122,7 +122,12 @@ def beat(
     self.meta["step"], now = int(step), time.monotonic()
     if not force and now - self._beaten < 1: return
     self._beaten, self.meta["heartbeat"] = now, time.time()
-    write_atomic(self.path/"meta.json", json.dumps(self.meta, indent=1, ensure_ascii=False, allow_nan=False).encode())
+    write_atomic(self.path/"meta.json", self._facts())
+
+@patch
+def _facts(self: RunWriter) -> bytes:
+    "The facts of the run as they stand in meta.json."
+    return json.dumps(plain(self.meta), indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 # %% ../nbs/31_traces.ipynb #b584735f
 @patch
@@ -179,8 +184,10 @@ def close(
 ) -> None:
     "Say how the run ended; rank 0 only, others do nothing."
     if self.rank: return
-    self.meta |= {"status": status, "error": plain(error)}
-    self.beat(self.meta["step"], force=True)
+    self.meta |= {"status": status, "error": error}
+    try: self.beat(self.meta["step"], force=True)
+    except OSError:   # no room for a second file beside it
+        if not write_over(self.path/"meta.json", self._facts()): raise
 
 # %% ../nbs/31_traces.ipynb #4daa16ef
 def _numbers(frame: pd.DataFrame, names) -> pd.DataFrame:

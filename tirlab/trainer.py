@@ -22,6 +22,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 # %% ../nbs/41_trainer.ipynb #84a219db
 from .advantages import BY_TURN, spread_to_tokens
 from .batches import Batches, finite_rewards, task_name, total_rewards
+from .chat_templates import with_template
 from .checks import check_arguments, check_batch, check_format, check_pattern, check_prompts, check_references, check_reset, saying_call_format
 from .collapse import CollapseMonitor
 from .config import TIRConfig, check_budget, check_columns, check_tokenizer, engine_of, rollout_limits
@@ -96,6 +97,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         environment_factory: Any = None,     # class, callable, or dict of them by the `environment` column
         interventions: list[Clamp] | None = None,   # tokens held within bounds, where `args.intervene` says
         supervision: list[Signal] | None = None,    # OffPolicy, Hints, Replay, AuxiliarySFT: rollouts that are shown, told or remembered
+        chat_template: str | None = None,           # template to use in place of the tokenizer's; it is saved with the checkpoints
         **kwargs,                            # callbacks, optimizers, peft_config, ...: as for GRPOTrainer
     ):
         args, model = args or TIRConfig(), os.fspath(model) if isinstance(model, os.PathLike) else model
@@ -111,6 +113,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(name, revision=(args.model_init_kwargs or {}).get("revision"), truncation_side="left",
                                                              padding_side="left", trust_remote_code=args.trust_remote_code)
+        if chat_template: processing_class = with_template(processing_class, chat_template)
         talks = getattr(train_dataset, "column_names", None) and "prompt" in train_dataset.column_names and is_conversational(next(iter(train_dataset)))
         check_tokenizer(processing_class, name, talks or bool(tools or environment_factory))
         self.engine_name, self.schedule = engine_of(args)
