@@ -226,6 +226,7 @@ def test_a_prompt_may_come_from_reset():
     with pytest.raises(ValueError, match="no `prompt`.*the columns are answer"): open_row({"answer": "1"}, TOK, Fussy)
 
 
+@pytest.mark.slow
 def test_lists_that_cannot_be_pickled_train_in_two_processes(tmp_path):
     said = tmp_path / "said"
     assert side_by_side(2, two_lists.main, str(tmp_path / "two"), said=said) == [0, 0], "".join(f.read_text()[-3000:] for f in tmp_path.glob("said*"))

@@ -3,20 +3,20 @@
 import asyncio
 import contextvars
 import functools
-
+import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
+from forks import ended, forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tirlab.all import TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
-from tirlab.calls import RolloutLimits, run_call, run_calls
+from tirlab.calls import RolloutLimits, run_call, run_calls, wrong_thread
 from tirlab.evaluate import evaluate
 from tirlab.rollout import failing_tools, run_async
 from tirlab.trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn, TurnKind
@@ -144,12 +144,33 @@ def of_chain():
     return "ok"
 
 
-@pytest.mark.parametrize("tool", [of_signal, of_thread, of_context, of_chain])
+def of_loop():
+    asyncio.get_event_loop_policy().get_event_loop()
+    return "ok"
+
+
+@pytest.mark.parametrize("tool", [of_signal, of_thread, of_context, of_chain, of_loop])
 @pytest.mark.parametrize("running", [False, True], ids=["no loop", "running loop"])
 def test_a_tool_that_python_refuses_elsewhere_is_called_where_it_belongs(tool, running):
     here.word = "ok"
     told.set("ok")
-    assert [ask(tool, running).content for _ in range(3)] == ["ok"] * 3
+    asyncio.set_event_loop(loop := asyncio.new_event_loop())
+    try: assert [ask(tool, running).content for _ in range(3)] == ["ok"] * 3
+    finally: asyncio.set_event_loop(None), loop.close()
+
+
+def test_what_playwright_says_elsewhere_is_known():
+    "Its synchronous interface stands on greenlets, which stay on their thread."
+    greenlet, said = pytest.importorskip("greenlet"), []
+    begun = greenlet.greenlet(lambda: greenlet.getcurrent().parent.switch())
+    begun.switch()
+    def elsewhere():
+        try: begun.switch()
+        except greenlet.error as e: said.append(wrong_thread(e))
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert said == [True]
 
 
 def test_a_tool_is_called_elsewhere_once_and_then_known():
@@ -205,28 +226,26 @@ def test_other_tools_still_overlap():
     for running in (False, True): assert {r.content for r in called_from(running, lambda: run_async(go))} == {"True"}
 
 
-INTERRUPTED = """
-import asyncio, sys, time
-from tirlab.calls import RolloutLimits, run_call
-from tirlab.rollout import failing_tools, run_async
-from tirlab.trajectory import ToolCall
-def tool(): print("begun", flush=True); time.sleep(60)
-tool._thread_bound = {bound}
-async def go(): return await run_call(ToolCall("tool", {{}}), {{"tool": tool}}, RolloutLimits(), asyncio.Semaphore(2))
-async def inside(): return run_async(go)
-asyncio.run(inside()) if {running} else run_async(go)
-"""
+def waits(begun, bound, running):
+    "What an interrupted process does: it runs a tool that takes a minute."
+    def tool():
+        Path(begun).touch()
+        time.sleep(60)
+    tool._thread_bound = bound
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # whoever runs the tests in the background has it ignored, and children inherit that
+    try: ask(tool, running)
+    except KeyboardInterrupt: return 130
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["no loop", "running loop"])
 @pytest.mark.parametrize("bound", [False, True], ids=["in a thread", "on the caller's thread"])
-def test_an_interrupt_ends_tools_at_once(bound, running):
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # whoever runs the tests in the background has it ignored, and children inherit that
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED.format(bound=bound, running=running)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-    assert process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGINT)
-    start, (_, err) = time.perf_counter(), process.communicate(timeout=30)
-    assert process.returncode != 0 and "KeyboardInterrupt" in err and time.perf_counter() - start < 20
+def test_an_interrupt_ends_tools_at_once(bound, running, tmp_path):
+    process, end = forked(waits, str(tmp_path / "begun"), bound, running, said=tmp_path / "said"), time.monotonic() + 120
+    while time.monotonic() < end and process.is_alive() and not (tmp_path / "begun").exists(): time.sleep(0.02)
+    start = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert ended(process) == 130, (tmp_path / "said").read_text()
+    assert time.monotonic() - start < 30
 
 
 def test_the_callers_loop_goes_on_afterwards():

@@ -30,7 +30,7 @@ class RolloutLimits:
     context_tokens: int = 2**31             # prompt and completion together stay below this
     tool_rounds: int | None = None          # rounds of tool calls; None for no limit
     observation_chars: int | None = 2048    # longer tool output is cut in the middle, as is what does not fit; None (TRL) never cuts
-    tool_seconds: float | None = None       # wall time of one call, then the model reads "timed out"; None (TRL) waits. Calls on the caller's thread have no limit
+    tool_seconds: float | None = None       # wall time of one call, then the model reads "timed out"; not on the caller's thread; None (TRL) waits
     abandoned_tools: int = 64               # plain functions that ran out of time and never came back; with more of them the run stops
     malformed: str = "observe"              # a broken call. "observe": tell the model, let it try again; "stop" (TRL): the turn counts as the answer
     answer_pattern: str | None = None       # regular expression that an answer contains, e.g. r"\\boxed"; None (TRL) takes any plain response for one
@@ -93,7 +93,7 @@ async def in_thread(
 
 # %% ../nbs/10c_calls.ipynb #d7c19f4b
 _ELSEWHERE = {"ProgrammingError": "SQLite objects created in a thread", "ValueError": "only works in main thread",
-              "RuntimeError": "There is no current event loop in thread", "error": "annot switch to a different thread"}   # the last is greenlet's, Playwright's that is
+              "RuntimeError": "There is no current event loop in thread", "error": "annot switch to a different thread"}   # the last: greenlet, Playwright
 
 def _problem(e):
     "What an exception says, or its name if it cannot say."
@@ -144,7 +144,7 @@ def _kind(tool):
     return getattr(inspect.unwrap(tool), "__code__", type(tool))
 
 def _ask_sqlite(tool):
-    "Ask the sqlite connections of a tool's environment for a cursor: one of another thread refuses, before the tool has done anything. Raises: sqlite3.ProgrammingError."
+    "Ask the sqlite connections of a tool's environment for a cursor. Raises: sqlite3.ProgrammingError, before the tool has begun, where one is another thread's."
     connection = getattr(sys.modules.get("sqlite3"), "Connection", ())
     for held in [v for v in getattr(_owner(tool), "__dict__", {}).copy().values() if isinstance(v, connection)]:
         try: held.cursor()
@@ -176,14 +176,15 @@ def told(
     "A result as the model reads it: valid Unicode, long text cut in the middle, errors as TRL writes them."
     clean = lambda s: s.encode("utf-8", "replace").decode()
     shown = text if limits.observation_chars is None else cut_middle(text, limits.observation_chars)
-    return ToolResult(clean(name), clean(str({"error": shown}) if error else shown), error, seconds, shown != text, None if isinstance(value, str) else value)
+    value = None if isinstance(value, str) else value   # the text says it
+    return ToolResult(clean(name), clean(str({"error": shown}) if error else shown), error, seconds, shown != text, value)
 
 async def run_call(
     call: ToolCall,                      # what the model asked for
     tools: dict[str, Callable],          # name -> function or coroutine function
     limits: RolloutLimits,               # time and length allowed
     slots: asyncio.Semaphore | None = None,          # how many tools run at once; None: plain functions one after another, here
-    loop: asyncio.AbstractEventLoop | None = None,   # event loop that coroutine tools live on, and whatever a function returns to be awaited; None for the running one
+    loop: asyncio.AbstractEventLoop | None = None,   # event loop on which coroutine tools, and all else, are awaited; None for the running one
 ) -> ToolResult:                         # the answer, or what went wrong
     "Run one call. Whatever goes wrong comes back as a result the model can read; only where the sandbox itself failed it does not. Raises: SandboxFault."
     tool, start = tools.get(call.name), time.perf_counter()

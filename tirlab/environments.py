@@ -202,6 +202,7 @@ def _check_reset(kind, owner, columns):
         raise ValueError(f"`reset` of {kind.__name__} is called with the columns of a row ({', '.join(columns)}) and does not fit them: {e}. "
                          "Write `def reset(self, **row)`, with the columns that it needs by name before `**row`.") from None
 
+# %% ../nbs/03_environments.ipynb #53b4d11f
 def reset_environment(
     environment: Any,           # instance; None and objects without a `reset` are left alone
     row: dict,                  # columns of a dataset row
