@@ -187,6 +187,13 @@ def test_only_the_first_call_counts_where_that_is_asked():
     assert len(done.calls) == 1 and seen[-1]["messages"][2]["content"] == "```python\n1\n```"
 
 
+def test_a_call_that_was_cut_is_not_run():
+    whole, begun, half = call("1", "a"), call("1", "b") | {"function": {"name": "python", "arguments": ""}}, call("1", "c") | {"function": {"name": "python", "arguments": '{"code": "1'}}
+    for calls, run in (([begun], 0), ([half], 0), ([whole, begun], 1)):
+        said = {"choices": [{"message": {"content": None, "tool_calls": calls}, "finish_reason": "length"}]}
+        with server(lambda body: said if len(body["messages"]) == 1 else {"content": "done"}) as url: assert len(one(url).calls) == run, calls
+
+
 def test_messages_on_the_wire():
     calls = [call("1", "a"), {"id": "b", "type": "function", "function": {"name": "book", "arguments": '{"day": 3}'}}]
     message = read_message({"content": "<think>why</think>Now.", "tool_calls": calls})

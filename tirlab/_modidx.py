@@ -394,6 +394,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'tirlab.endpoint.Line._read': ('endpoint.html#line._read', 'tirlab/endpoint.py'),
                                  'tirlab.endpoint.Line.generate': ('endpoint.html#line.generate', 'tirlab/endpoint.py'),
                                  'tirlab.endpoint._ask': ('endpoint.html#_ask', 'tirlab/endpoint.py'),
+                                 'tirlab.endpoint._finished': ('endpoint.html#_finished', 'tirlab/endpoint.py'),
                                  'tirlab.endpoint._function': ('endpoint.html#_function', 'tirlab/endpoint.py'),
                                  'tirlab.endpoint.read_message': ('endpoint.html#read_message', 'tirlab/endpoint.py'),
                                  'tirlab.endpoint.wire_messages': ('endpoint.html#wire_messages', 'tirlab/endpoint.py')},

@@ -200,7 +200,7 @@ def _sampler(model, tokenizer, environment_factory, tools, limits, engine, sched
     "The sampler that arguments of `evaluate` describe, and its schedule."
     schedule = schedule_of(engine, schedule)
     if not isinstance(engine, Endpoint): tokenizer = with_padding(tokenizer)
-    most = min(getattr(engine, "context_tokens", None) or 2**31, 2**31 if model is None else context_of(model))
+    most = min(getattr(engine, "context_tokens", None) or 2**31, context_of(model) if engine is None else 2**31)
     limits = replace(limits, context_tokens=min(limits.context_tokens, most))
     engine, ends = engine or GenerateEngine(model, tokenizer, schedule == "eager"), None if model is None else end_tokens(model, tokenizer)
     return Sampler(engine, tokenizer, ends, environment_factory, tools, limits, chat_template, template_kwargs), schedule
@@ -301,7 +301,9 @@ def restore(
 ) -> Evaluation:
     "Evaluate a policy while tokens are held within bounds. Raises: ValueError for clamps that cannot hold."
     thread, tokenizer = options.get("schedule") == "eager", with_padding(tokenizer)
-    return evaluate(model, tokenizer, dataset, *args, engine=clamped_engine(model, tokenizer, bounds_of(clamps, tokenizer), thread), **options)
+    engine = clamped_engine(model, tokenizer, bounds_of(clamps, tokenizer), thread)
+    engine.context_tokens = context_of(model)
+    return evaluate(model, tokenizer, dataset, *args, engine=engine, **options)
 
 # %% ../nbs/43_evaluate.ipynb #e2fdbe83
 def evaluate_cells(
