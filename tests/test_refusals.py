@@ -2,14 +2,13 @@
 
 import re
 import warnings
-from dataclasses import fields
 from typing import get_args
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from test_drift import AS_TEXT, ENDS, NO_PARSER, NO_TOOLS, OUTCOME, ends_of, tokenizer
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig
 from trl.experimental.async_grpo import AsyncGRPOConfig
 
@@ -41,8 +40,9 @@ def refused(folder, *words, error=ValueError, train=False, **given):
 # ---- the configuration
 
 
-NUMBERS = [f.name for f in fields(TIRConfig) if f.init and {int, float} & ({*get_args(f.type)} or {f.type}) and str not in get_args(f.type)]
-TRUTHS = [f.name for f in fields(TIRConfig) if f.init and bool in ({*get_args(f.type)} or {f.type}) and str not in get_args(f.type)]
+DECLARED = {f.name: f.type for c in reversed(TIRConfig.__mro__) for f in vars(c).get("__dataclass_fields__", {}).values() if f.init}
+NUMBERS = [n for n, t in DECLARED.items() if {int, float} & {t, *get_args(t)} and str not in get_args(t)]
+TRUTHS = [n for n, t in DECLARED.items() if bool in (t, *get_args(t)) and str not in get_args(t)]
 
 
 def test_text_for_every_number_and_every_truth_is_refused():
@@ -59,6 +59,14 @@ def test_text_for_every_number_and_every_truth_is_refused():
 def test_what_python_calls_numbers_passes():
     args = TIRConfig(learning_rate=1, gamma=1, max_steps=10.0, eval_steps=0.5, min_reward_std=None, trace=0, accuracy_band=(0, 1))
     assert (args.learning_rate, args.accuracy_band) == (1, (0, 1))
+
+
+def test_a_parsers_types_change_nothing():
+    "transformers' parser of command lines writes other types into the fields."
+    HfArgumentParser(TIRConfig)
+    assert TIRConfig(include_num_input_tokens_seen="all").include_num_input_tokens_seen == "all"
+    args = HfArgumentParser(TIRConfig).parse_args_into_dataclasses(["--learning_rate", "1e-4", "--trace", "False", "--accuracy_band", "0.1", "0.9"])[0]
+    assert (args.learning_rate, args.trace, args.accuracy_band) == (1e-4, False, [0.1, 0.9])
 
 
 # ---- the arguments

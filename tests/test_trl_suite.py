@@ -202,7 +202,7 @@ def adapted(folders):
 def experts(folders):
     torch.manual_seed(0)
     moe = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(TOK), hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                             num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, output_router_logits=True, bos_token_id=None,
+                                             num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, bos_token_id=None,
                                              eos_token_id=TOK.eos_token_id, pad_token_id=TOK.pad_token_id))
     return dict(model=moe, processing_class=TOK)
 

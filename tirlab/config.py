@@ -173,16 +173,17 @@ def _wrong_type(kinds, value):
     if not isinstance(value, str) and value in (True, False): return None
     return "True or False, without quotes" if isinstance(value, str) else "True or False"
 
+_KINDS = {f.name: {f.type, *get_args(f.type)} for f in fields(TIRConfig)}   # as declared: a command line's parser changes the types of fields
+
 def _check_types(args):
     "Raise ValueError, in one sentence, where a number, or True or False, is given as something else."
-    for f in fields(args):
-        kinds, value = set(get_args(f.type)) or {f.type}, getattr(args, f.name)
-        many = next((set(get_args(k)) for k in {f.type, *kinds} if k in (list[float], list[int])), None)
+    for name, kinds in _KINDS.items():
+        value, many = getattr(args, name), kinds & {list[float], list[int]}
         if many and value is not None:
-            if isinstance(value, str) or not hasattr(value, "__iter__"): raise ValueError(f"{f.name}={value!r} is a {type(value).__name__}; give a list of numbers.")
-            if any(_wrong_type(many, one) for one in value): raise ValueError(f"{f.name}={value!r} holds something that is no number; give a list of numbers, without quotes.")
+            if isinstance(value, str) or not hasattr(value, "__iter__"): raise ValueError(f"{name}={value!r} is a {type(value).__name__}; give a list of numbers.")
+            if any(_wrong_type({float}, one) for one in value): raise ValueError(f"{name}={value!r} holds something that is no number; give a list of numbers, without quotes.")
         elif kinds & {int, float, bool} and str not in kinds and (want := _wrong_type(kinds, value)):
-            raise ValueError(f"{f.name}={value!r} is a {type(value).__name__}; give {want}.")
+            raise ValueError(f"{name}={value!r} is a {type(value).__name__}; give {want}.")
 
 # %% ../nbs/40_config.ipynb #0442c133
 def _check_filter(args):
