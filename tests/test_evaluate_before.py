@@ -1,21 +1,25 @@
 """An evaluation that cannot work says so before the first rollout, in one sentence, and leaves no folder behind; what is passed on reaches the prompt."""
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
+from test_drift import ends_of, tokenizer
 from test_evaluate_rewards import CALL, Owns, Plain, Says
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tirlab import cli
 from tirlab.calls import RolloutLimits
-from tirlab.engines import EngineError
+from tirlab.engines import EngineError, GenerateEngine, Sampled
 from tirlab.environments import PythonEnvironment
 from tirlab.eval_settings import eval_config, eval_folder, read_eval_settings
 from tirlab.eval_runs import Sampler, evaluate_run
 from tirlab.evaluate import evaluate, evaluate_cells, restore
 from tirlab.interventions import Clamp
+from tirlab.formats import make_format
 from tirlab.rewards import answer_reward
+from tirlab.scripted import scripts, turn_ids
 from tirlab.tasks import ENVIRONMENTS, make_tasks
 from tirlab.tiny import CHAT_TEMPLATE, tiny_policy
 from tirlab.traces import open_run
@@ -55,7 +59,7 @@ REFUSED = {   # what is wrong -> arguments, and what is said
     "an unknown environment": (dict(environment_factory={"python": PythonEnvironment}), "must name one of python"), "reset raises": (dict(environment_factory=Raises), "reset of Raises failed on row 0"),
     "reset takes nothing": (dict(environment_factory=TakesNothing), "`reset` of TakesNothing is called with the columns"), "an untyped tool": (dict(tools=[untyped]), "untyped|type hint"), "a format": (dict(call_format="yaml"), "Unknown call format 'yaml'"),
     "a schedule": (dict(schedule="soon"), "schedule='soon' is unknown"), "a pattern": (bad_limits(answer_pattern="(" ), "no regular expression"), "malformed": (bad_limits(malformed="ignore"), "malformed='ignore' is unknown"),
-    "void": (bad_limits(void="ignore"), "void='ignore' is unknown"), "a template": (dict(chat_template="{% if %}"), "cannot be opened: TemplateSyntaxError"), "one of several rewards": (dict(reward=[answer_reward, no_more]), "`no_more` cannot be called"),
+    "void": (bad_limits(void="ignore"), "void='ignore' is unknown"), "a template": (dict(chat_template="{% if %}"), "chat_template is no Jinja template: .* \\(line 1\\)"), "one of several rewards": (dict(reward=[answer_reward, no_more]), "`no_more` cannot be called"),
 }
 
 
@@ -113,7 +117,7 @@ def test_the_command_takes_a_template_as_file_or_text(tmp_path, capsys):
         assert cli.main([*words, f"chat_template={template}", f"out={tmp_path}/{name}"]) == 0
         assert "".join(open_run(tmp_path / name).trajectory("chat-00000-000").prompt_text).endswith("Oh: ")
     assert cli.main([*words, f"chat_template={tmp_path}/mine.jinja", f"out={tmp_path}/b"]) == 0   # the same template: it goes on
-    (tmp_path / "mine.jinja").write_text(GREETS + " ")
+    (tmp_path / "mine.jinja").write_text(GREETS.replace("Well", "So"))
     assert cli.main([*words, f"chat_template={tmp_path}/mine.jinja", f"out={tmp_path}/b"]) == 2 and "was begun with chat_template=" in capsys.readouterr().err
 
 
@@ -125,7 +129,7 @@ def test_settings_that_are_new_do_not_move_older_folders():
 
 
 @pytest.mark.parametrize("words,said", [
-    (["chat_template=nobody.jinja"], "chat_template=nobody.jinja is no file that can be read"), (["chat_template_kwargs=3"], "should be names with values"), (["chat_template={% if %}"], "TemplateSyntaxError"),
+    (["chat_template=nobody.jinja"], "chat_template=nobody.jinja is no file that can be read"), (["chat_template_kwargs=3"], "should be names with values"), (["chat_template={% if %}"], "chat_template is no Jinja template"),
     (["chat_template={{ 1 }}", "endpoint=http://127.0.0.1:9/v1", "model=m"], "server's own template"), (["malformed_calls=ignore"], "malformed='ignore' is unknown"), (["void_turns=ignore"], "void='ignore' is unknown"),
     (["answer_pattern=("], "no regular expression"), (["k=null"], "k=null means nothing"), (["model=run"], "not a checkpoint; give the checkpoint inside: model=checkpoint-"), (["model=."], "give the checkpoint inside: model=checkpoint-"), (["model=empty"], "holds no checkpoint"), (["out=notes"], "is not empty and holds no run"),
 ])
@@ -140,7 +144,6 @@ def test_the_command_refuses_in_one_sentence_and_announces_nothing(words, said, 
 
 
 def test_drift_check_takes_a_template_and_refuses_a_run_folder(tmp_path, monkeypatch, capsys):
-    from types import SimpleNamespace
     from tirlab import drift
     seen = []
     monkeypatch.setattr(drift, "drift_check_model", lambda *args, **more: seen.append(more) or SimpleNamespace(ok=True))
@@ -236,3 +239,26 @@ def test_a_saved_folder_is_evaluated_as_it_is(policy, pad, tmp_path):
     assert (tokenizer.pad_token is not None) == pad and isinstance(tokenizer, PreTrainedTokenizerFast)
     rows = make_tasks("arithmetic", "test", 8)
     assert evaluate(model, tokenizer, rows, PythonEnvironment).rewards == evaluate(*policy, rows, ENVIRONMENTS).rewards and (tokenizer.pad_token is not None) == pad
+
+
+class Plays:
+    "An engine that calls first, in the format's own markup, and then answers."
+    def __init__(self, format): self.turns = [turn_ids(format, m) for m in scripts("")["one call"] if m["role"] == "assistant"]
+    def ready(self, version=0): return GenerateEngine(SimpleNamespace(eval=lambda: None, train=lambda mode: None, training=False), TOK, False).ready()
+    async def generate(self, ids, sampling): return Sampled(self.turns.pop(0), None, "end")
+
+
+@pytest.mark.parametrize("call_format", [None, "xml"])
+@pytest.mark.parametrize("family", "qwen2_5 qwen3 qwen3_5_nothink llama3_1 glm4moe gptoss gemma4 lfm2_v2 nemotron_3_nano".split())
+def test_a_right_call_of_every_family_is_run_with_the_tokenizer_as_the_hub_has_it(family, call_format, tmp_path):
+    tok = tokenizer(family)
+    del tok.response_template   # only TRL's trainer installs it
+    ends = tok.convert_tokens_to_ids(ends_of(family))
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends), config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))
+    format = make_format(call_format, tok, [PythonEnvironment().python], end_tokens=ends)
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "37+48?"}], "answer": "85"}])
+    (t,) = evaluate(model, tok, rows, PythonEnvironment, engine=Plays(format), call_format=call_format, limits=RolloutLimits(2048)).trajectories
+    assert [k.kind for k in t.turns] == [TurnKind.TOOL_CALL, TurnKind.RESPONSE] and [r.content.strip() for r in t.results] == ["85"] and t.stop is StopReason.ANSWER
+    sampler = Sampler(Plays(format), tok, ends, PythonEnvironment, limits=RolloutLimits(2048))
+    index = open_run(evaluate_run(tmp_path, {"chat": (rows, call_format)}, sampler)["run_dir"]).index()
+    assert index.calls.iloc[0] == 1 and index.failed_calls.iloc[0] == 0

@@ -180,11 +180,18 @@ def test_a_broken_call_is_told_and_mended():
 def test_only_the_first_call_counts_where_that_is_asked():
     said = {"content": "Two.", "tool_calls": [call("1", "a"), call("2", "b")]}
     seen = []
-    with server(lambda body: said if len(body["messages"]) == 1 else {"content": "done"}, seen=seen) as url: done = one(url, first_call_only=True)
+    with server(lambda body, said=said: said if len(body["messages"]) == 1 else {"content": "done"}, seen=seen) as url: done = one(url, first_call_only=True)
     assert len(done.calls) == 1 and [c["id"] for c in seen[-1]["messages"][1]["tool_calls"]] == ["a"]
     text = "```python\n1\n```\nand\n```python\n2\n```"
     with server(lambda body: {"content": text} if len(body["messages"]) == 2 else {"content": "done"}, seen=seen) as url: done = one(url, first_call_only=True, name="fenced")
     assert len(done.calls) == 1 and seen[-1]["messages"][2]["content"] == "```python\n1\n```"
+
+
+def test_a_call_that_was_cut_is_not_run():
+    whole, begun, half = call("1", "a"), call("1", "b") | {"function": {"name": "python", "arguments": ""}}, call("1", "c") | {"function": {"name": "python", "arguments": '{"code": "1'}}
+    for calls, run in (([begun], 0), ([half], 0), ([whole, begun], 1)):
+        said = {"choices": [{"message": {"content": None, "tool_calls": calls}, "finish_reason": "length"}]}
+        with server(lambda body, said=said: said if len(body["messages"]) == 1 else {"content": "done"}) as url: assert len(one(url).calls) == run, calls
 
 
 def test_messages_on_the_wire():

@@ -112,7 +112,7 @@ def test_a_complete_first_call_ends_the_turn_in_any_text(text):
 @pytest.mark.parametrize("syntax, text", [("json", call('{"code": "print(\'</tool_call>\')"}')), ("xml", xml(("code", "print('</tool_call>')"), name="python")), ("list", "[python(code='f(x[(1)])')]")])
 def test_a_stop_string_inside_an_argument_does_not_end_a_turn(syntax, text):
     class Format:
-        def goes_on(self, ids): return SYNTAXES[syntax].goes_on("".join(ids))
+        def goes_on(self, ids, prefix): return SYNTAXES[syntax].goes_on("".join(ids))
 
     class Engine:      # a letter is a token; stops where an engine would
         async def generate(self, ids, sampling):

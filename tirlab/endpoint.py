@@ -16,7 +16,7 @@ from typing import ClassVar
 from .engines import EngineError, Sampled, Sampling
 from .formats import results_text, text_messages, tool_schemas, turn_kind
 from .writers import EndpointWriter, ask_server, without_thoughts
-from .families import syntax_of, thought_spans, without_thoughts
+from .families import syntax_of, thought_spans, without_thoughts as without_spans
 from .trajectory import ToolCall, ToolResult, TurnKind
 
 # %% ../nbs/15_endpoint.ipynb #66d81486
@@ -33,6 +33,12 @@ def read_message(
     except (ValueError, LookupError, TypeError): message |= dict(content=f"{message['content']}\n{json.dumps(calls)}".strip(), broken=True)
     if not message.get("tool_calls"): message.pop("tool_calls", None)
     return message
+
+def _finished(said, reason):
+    "A message without the call that was cut before its arguments began: it must not run without them."
+    calls = said.get("tool_calls") if isinstance(said, dict) else None
+    if reason != "length" or not calls or not isinstance(calls[-1], dict) or (calls[-1].get("function") or {}).get("arguments"): return said
+    return said | {"tool_calls": calls[:-1]}
 
 def _function(f):
     "Name and arguments. Raises: ValueError, LookupError, TypeError."
@@ -135,7 +141,7 @@ class Line:
     def _read(self, answer):
         try: choice, used = answer["choices"][0], (answer.get("usage") or {}).get("completion_tokens")
         except (LookupError, TypeError, AttributeError): raise EngineError(f"The endpoint's answer is no chat completion: {str(answer):.200}") from None
-        message = read_message(choice.get("message"))
+        message = read_message(_finished(choice.get("message"), choice.get("finish_reason")))
         if type(used) is int: self.left, message["tokens"] = self.left - used, used
         return Sampled([message], None, "length" if choice.get("finish_reason") == "length" else "end")
 
@@ -176,7 +182,7 @@ class EndpointFormat:
 
     def _parse_text(self, message):
         syntax, text = syntax_of(self.name), message["content"]
-        visible = lambda text, fill="": without_thoughts(text, thought_spans(text, syntax, "json"), fill)   # thoughts hold no calls
+        visible = lambda text, fill="": without_spans(text, thought_spans(text, syntax, "json"), fill)   # thoughts hold no calls
         end = syntax.end_of_call(visible(text, " ")) if self.first_call_only else None
         message["content"] = text[:end]
         try: calls, content = syntax.parse(visible(text[:end]), self.tools)

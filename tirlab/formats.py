@@ -199,7 +199,8 @@ class ChatFormat:
         except ValueError: calls, content = None, ""
         if not known or calls is None and known == "json": calls = _read_by_trl(self.tokenizer, message, text) or None
         if calls is None: return ({"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)} if theirs or kind is not TurnKind.RESPONSE else message), [], kind
-        if len(calls) == len(theirs) and (key or not thoughts): message |= {"tool_calls": _called(calls)} if calls else {}
+        if len(calls) == len(theirs) and (key or not thoughts):
+            for function, call in zip((c.get("function", c) for c in theirs), calls): function |= {"name": call.name, "arguments": call.arguments}
         else: message = _message(content, calls, thoughts, key or "reasoning_content")
         return message, calls, TurnKind.TOOL_CALL if calls and not known else kind
 
