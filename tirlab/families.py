@@ -126,6 +126,7 @@ def _raw_value(text, at):
     try: return {"True": True, "False": False, "None": None}[word] if word in ("True", "False", "None") else _decoded(word, 0)[0], match.end()
     except ValueError: return word, match.end()
 
+# %% ../nbs/00b_families.ipynb #f5440f8c
 def _raw_calls(text):
     "Calls in a list whose texts are not escaped. Raises: ValueError."
     text, calls, at = text.strip(), [], 1
@@ -198,6 +199,7 @@ def _left_open(text, syntax):
     except ValueError: return True
     return False
 
+# %% ../nbs/00b_families.ipynb #62742381
 def thought_spans(
     text: str,             # a turn
     syntax: Syntax,        # how calls are written in it
