@@ -157,6 +157,9 @@ def check(name, case, t, reward, turns):
     assert [u.ids for u in t.turns] == turns, "what was sampled is what is kept"
     assert t.mask == [m for u in t.turns for m in [1] * len(u.ids) + [0] * len(u.observation_ids)]
     assert (t.stop, reward) == ((StopReason.LENGTH, 0.0) if case == "cut call" else (StopReason.ANSWER, 1.0))
+    ids = [i for i in t.completion_ids]
+    assert not any(a == b and a in t.turns[0].ids[-1:] for a, b in zip(ids, ids[1:])), "the token that ends a turn stands there once"
+    assert not any("<|" in m["content"] for m in t.messages if m["role"] == "assistant" and case in ("right call", "answer"))
     if case == "broken call": assert "malformed" in t.results[0].content
     if case == "call in thoughts": assert t.messages[-1]["content"].strip() == "It is 4." and "Perhaps" in (t.messages[-1].get("reasoning_content") or t.messages[-1]["thinking"])
 

@@ -234,7 +234,7 @@ def test_rlcr_takes_the_brier_score_off(tmp_path):
 def _rewards(name, said, tmp_path):
     "What a preset's trainer gives to four final messages on one prompt whose answer is 85."
     t = preset_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path)))
-    prompt, t.environments, t._batch = [{"role": "user", "content": "How many?"}], [], [SimpleNamespace(turns=[1])] * 4
+    prompt, t.environments, t._batch = [{"role": "user", "content": "How many?"}], [], [SimpleNamespace(turns=[1], reward_messages=[])] * 4
     return t._calculate_rewards([{"prompt": prompt, "answer": "85"}] * 4, [prompt] * 4, [[{"role": "assistant", "content": s}] for s in said], [[1]] * 4).tolist()
 
 

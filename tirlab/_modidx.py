@@ -1211,6 +1211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tirlab.rollout._Timed': ('rollout.html#_timed', 'tirlab/rollout.py'),
                                 'tirlab.rollout._Timed.generate': ('rollout.html#_timed.generate', 'tirlab/rollout.py'),
                                 'tirlab.rollout._asked': ('rollout.html#_asked', 'tirlab/rollout.py'),
+                                'tirlab.rollout._behind': ('rollout.html#_behind', 'tirlab/rollout.py'),
                                 'tirlab.rollout._closing': ('rollout.html#_closing', 'tirlab/rollout.py'),
                                 'tirlab.rollout._one_turn': ('rollout.html#_one_turn', 'tirlab/rollout.py'),
                                 'tirlab.rollout._read': ('rollout.html#_read', 'tirlab/rollout.py'),

@@ -156,9 +156,10 @@ async def _run_plain(tool, make, slots, limits):
     here, kind = lambda: in_thread(lambda: _outcome(make), None), _kind(tool)
     if slots is None or _BOUND.get(kind) or any(getattr(x, "_thread_bound", False) for x in (tool, _owner(tool))): return await here()
     def there():
-        if kind not in _BOUND: _ask_sqlite(tool)
+        if _BOUND.get(kind) is not False: _ask_sqlite(tool)
         return make()
-    found = await in_thread(lambda: _outcome(there), slots, limits.tool_seconds, limits.abandoned_tools)
+    learnt = lambda: _Outcome(astray=True) if _BOUND.get(kind) else _outcome(there)   # others may have found out while this call waited
+    found = await in_thread(learnt, slots, limits.tool_seconds, limits.abandoned_tools)
     if not found.astray or _BOUND.get(kind) is False: return found
     found = await here()
     _BOUND[kind] = not found.astray

@@ -98,6 +98,8 @@ def prepare_tokenizer(
     chat_template: str | None = None,   # template to use in place of the tokenizer's
 ) -> tuple[Any, str | None]:            # tokenizer with a response template where one is known; template to render with, None for its own
     "Prepare a tokenizer as TRL's trainer would. Raises: ValueError, in one sentence, where it cannot be used with tools."
+    if chat_template is not None and "{" not in chat_template:
+        raise ValueError(f"chat_template={chat_template[:80]!r} is no template; give its text, e.g. chat_template=Path({chat_template[:80]!r}).read_text().")
     check_template(tokenizer if chat_template is None else _with(tokenizer, chat_template))
     known, text = _PREPARED.setdefault(tokenizer, {}), call_format not in (None, "chat")
     key = (text, chat_template, str(tokenizer.chat_template), str(getattr(tokenizer, "response_template", None)))

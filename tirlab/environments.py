@@ -186,6 +186,8 @@ def check_environment(
         if not kind and (hasattr(factory, "reset") or not callable(factory)):
             raise ValueError(f"environment_factory is an instance of {name}; give the class itself, environment_factory={name}, or a function that makes one: "
                              "every rollout needs an environment of its own.")
+        if inspect.iscoroutinefunction(getattr(factory, "reset", None)):
+            raise ValueError(f"`reset` of {getattr(factory, '__name__', name)} is a coroutine; write it with a plain `def`, and wait for nothing in it (tools and rewards may be async).")
         if kind and not (many and columns is None): _check_reset(factory, factory, columns)   # a row of several may have no other column
 
 def _check_reset(kind, owner, columns):

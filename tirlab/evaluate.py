@@ -9,6 +9,7 @@ __all__ = ['Evaluation', 'Opened', 'Sampler', 'schedule_of', 'as_rows', 'check_r
 # %% ../nbs/43_evaluate.ipynb #ccc950be
 import copy, inspect, math, re, warnings
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 # %% ../nbs/43_evaluate.ipynb #f2a733fc
@@ -27,7 +28,7 @@ from .eval_rewards import check_rewards, event_loop, reward_functions, reward_so
 from .interventions import Clamp, bounds_of, clamped_engine
 from .rollout import failing_tools, open_environment, rollouts
 from .syntax import SYNTAXES
-from .trajectory import StopReason, ToolResult, Trajectory
+from .trajectory import StopReason, ToolError, ToolResult, Trajectory
 
 # %% ../nbs/43_evaluate.ipynb #1a8e9e5b
 @dataclass(frozen=True)
@@ -199,6 +200,9 @@ def with_padding(
 def _sampler(model, tokenizer, environment_factory, tools, limits, engine, schedule, chat_template, template_kwargs, **others):
     "The sampler that arguments of `evaluate` describe, and its schedule."
     schedule = schedule_of(engine, schedule)
+    for name, value in (("model", model), ("tokenizer", tokenizer)):
+        if isinstance(value, (str, Path)): raise ValueError(f"{name} is the text {str(value)!r}; load it first, e.g. {'AutoModelForCausalLM' if name == 'model' else 'AutoTokenizer'}.from_pretrained({str(value)!r}).")
+    if not isinstance(limits, RolloutLimits): raise ValueError(f"limits is a {type(limits).__name__}; give RolloutLimits(completion_tokens=...).")
     if not isinstance(engine, Endpoint): tokenizer = with_padding(tokenizer)
     most = min(getattr(engine, "context_tokens", None) or 2**31, context_of(model) if engine is None else 2**31)
     limits = replace(limits, context_tokens=min(limits.context_tokens, most))
@@ -211,8 +215,9 @@ class Failures:
     rollouts: int = 0          # seen
     failed: int = 0            # of these
     error: str | None = None   # of the first
-    calls: int = 0             # results of tools seen
-    broken: int = 0            # of these, an error
+    calls: int = 0             # calls that ran
+    unread: int = 0            # calls that did not: malformed, or of no tool
+    broken: int = 0            # of those that ran, that failed
     message: str | None = None # of the first
 
     def add(self,
@@ -220,14 +225,17 @@ class Failures:
     ) -> None:
         "Count some more."
         failed, results = [t for t in trajectories if t.stop is StopReason.FAILED], [r for t in trajectories for r in t.results]
-        broken = [r for r in results if r.error]
+        ran = [r for r in results if r.error not in (ToolError.MALFORMED, ToolError.UNKNOWN)]
+        broken = [r for r in ran if r.error or wrong_thread(r.content)]
         self.error = self.error or next((t.error or "nothing was sampled" for t in failed), None)
-        self.message = self.message or next((" ".join(r.content.split())[:200] for r in broken), None)
-        self.rollouts, self.failed, self.calls, self.broken = self.rollouts + len(trajectories), self.failed + len(failed), self.calls + len(results), self.broken + len(broken)
+        self.message = self.message or next((" ".join(r.content.split())[:200] for r in broken or (results if not (ran or self.calls) else [])), None)
+        self.rollouts, self.failed, self.broken = self.rollouts + len(trajectories), self.failed + len(failed), self.broken + len(broken)
+        self.calls, self.unread = self.calls + len(ran), self.unread + len(results) - len(ran)
 
     def warn(self) -> None:
         "Warn where every rollout failed, or every tool call, with the first message."
         if self.failed and self.failed == self.rollouts: warnings.warn(f"Every rollout failed, {self.failed} of {self.rollouts}; the first: {self.error}", stacklevel=3)
+        elif not self.calls and self.unread: warnings.warn(f"Every tool call failed, {self.unread} of {self.unread}; the first: {self.message}.", stacklevel=3)
         elif self.broken and self.broken == self.calls:
             advice = " Set `_thread_bound = True` in the environment's class, so that its calls run on the thread that made it." * wrong_thread(self.message)
             warnings.warn(f"Every tool call failed, {self.broken} of {self.calls}; the first: {self.message}.{advice}", stacklevel=3)

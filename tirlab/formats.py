@@ -200,6 +200,8 @@ class ChatFormat:
         if not known or calls is None and known == "json": calls = _read_by_trl(self.tokenizer, message, text) or None
         if calls is None: return ({"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)} if theirs or kind is not TurnKind.RESPONSE else message), [], kind
         if len(calls) == len(theirs) and (key or not thoughts):
+            last = self.tokenizer.decode(ids[-1:]) if self.ends(ids) else ""
+            if last and isinstance(message["content"], str): message["content"] = message["content"].removesuffix(last)   # GLM's ends are not the tokenizer's
             for function, call in zip((c.get("function", c) for c in theirs), calls): function |= {"name": call.name, "arguments": call.arguments}
         else: message = _message(content, calls, thoughts, key or "reasoning_content")
         return message, calls, TurnKind.TOOL_CALL if calls and not known else kind

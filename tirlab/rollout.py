@@ -148,6 +148,11 @@ def _closing(environment):
         with outside_loop(): getattr(environment, "_close", lambda: None)()
 
 # %% ../nbs/11_rollout.ipynb #423efa34
+def _behind(now, suffix):
+    "What comes behind a turn, without its first token where the turn ends with that already, as GLM's `<|observation|>`."
+    last = now.turn().ids[-1:]
+    return suffix[1:] if now.marked and suffix[:1] == last else suffix
+
 def _reply(environment, now):
     "What the user says to an answer, and tools that come with it; None where the conversation is over."
     says = getattr(environment, "_reply", None)
@@ -196,7 +201,7 @@ async def rollout(
             if said:
                 reply = _reply(owner, now) if said in (StopReason.ANSWER, StopReason.MALFORMED) else None
                 if reply is None: return done(said, now.turn())
-                asked = format.reply(reply[0], now.marked)
+                asked = _behind(now, format.reply(reply[0], now.marked))
                 if len(asked) > room - now.size: return done(StopReason.LENGTH, now.turn())
                 if len(ids) + now.size + len(asked) >= limits.context_tokens: return done(StopReason.CONTEXT, now.turn())
                 turns, format = turns + [now.turn(observation_ids=asked, reply=reply[0])], _with_tools(format, reply[1])
@@ -211,6 +216,7 @@ async def rollout(
             if limits.last_turn_prompt and limits.tool_rounds == rounds + 1:
                 results[-1] = replace(results[-1], content=f"{results[-1].content}\n{limits.last_turn_prompt}")
             fitted, observation = fit(results, format, room - now.size, limits, now.marked)
+            observation = _behind(now, observation)
             if len(observation) > room - now.size: return done(StopReason.LENGTH, now.turn(results=results))
             if len(ids) + now.size + len(observation) >= limits.context_tokens: return done(StopReason.CONTEXT, now.turn(results=results))
             turn = now.turn(results=fitted, observation_ids=observation)
