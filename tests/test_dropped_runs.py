@@ -36,7 +36,7 @@ def trained(folder, reward=halves, steps=2, environment=PythonEnvironment, **opt
     return t
 
 
-EMPTY = {"void turns": (halves, dict(void_filter="trajectory", answer_pattern="never said"), "8 of 8 rollouts dropped: void turn"),
+EMPTY = {"void turns": (halves, dict(void_filter="trajectory", answer_pattern="never said", answer_template="never said {}"), "8 of 8 rollouts dropped: void turn"),
          "cut off": (halves, dict(mask_truncated_completions=True, max_completion_length=2, environment=None), "8 of 8 rollouts dropped: cut off"),
          "zero variance": (equal, dict(), "8 of 8 rollouts without a gradient: zero-variance group"),
          "zero-variance groups dropped": (equal, dict(min_reward_std=1e-3), "8 of 8 rollouts dropped: group zero variance"),
@@ -85,6 +85,6 @@ def test_reasons_in_one_line():
 
 
 def test_the_app_shows_why_nothing_was_learnt(tmp_path, monkeypatch):
-    t = trained(tmp_path, halves, void_filter="trajectory", answer_pattern="never said")
+    t = trained(tmp_path, halves, void_filter="trajectory", answer_pattern="never said", answer_template="never said {}")
     test = app(monkeypatch, t.run_dir)
     assert [w.value.replace("\\", "") for w in test.warning] == ["None of the 2 steps changed the policy: 8 of 8 rollouts dropped: void turn."]

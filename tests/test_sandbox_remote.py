@@ -451,9 +451,8 @@ def test_settings_that_make_no_sense():
         with pytest.raises(ValueError): python_environment(**wrong)
 
 
-def test_environment_output_is_512_characters():
-    text = PythonEnvironment().python("print('a' * 5000)")
-    assert text == "a" * 256 + "\n... 4489 characters left out ...\n" + "a" * 255   # the 512th is the end of the line
+def test_environments_leave_it_to_the_rollout_what_the_model_reads():
+    assert PythonEnvironment().python("print('a' * 5000)") == "a" * 5000 + "\n"
     assert python_environment(style="simpletir")().python("37 + 48") == "\nCode execution result: 85\n\n"
 
 

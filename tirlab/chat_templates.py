@@ -7,6 +7,7 @@ __all__ = ['check_template', 'training_template', 'prepare_tokenizer', 'with_tem
 
 # %% ../nbs/00d_chat_templates.ipynb #70787874
 import copy
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,12 +62,14 @@ def _readable(tokenizer, replaced):
     return _with(made, tokenizer.chat_template)
 
 # %% ../nbs/00d_chat_templates.ipynb #0b7a1af4
-def _for_chat(tokenizer, replaced):
+def _for_chat(tokenizer, replaced, kwargs):
     "A tokenizer whose calls can be read, and the training template if it needs one. Raises: ValueError."
-    if not supports_tool_calling(tokenizer): raise _refuse("tools", tokenizer)
+    shown = copy.copy(tokenizer)   # renders as the run will
+    shown.apply_chat_template = partial(tokenizer.apply_chat_template, **kwargs)
+    if not supports_tool_calling(shown): raise _refuse("tools", tokenizer)
     tokenizer = _readable(tokenizer, replaced)
     if not tokenizer.response_template: raise _refuse("parser", tokenizer)
-    return tokenizer, None if is_chat_template_prefix_preserving(tokenizer) else training_template(tokenizer)
+    return tokenizer, None if is_chat_template_prefix_preserving(shown) else training_template(tokenizer)
 
 def training_template(
     tokenizer: Any,   # of the policy
@@ -76,11 +79,11 @@ def training_template(
     except ValueError: raise _refuse("prefix", tokenizer) from None
 
 # %% ../nbs/00d_chat_templates.ipynb #05db3c4b
-def _for_text(tokenizer, replaced):
+def _for_text(tokenizer, replaced, kwargs):
     "A tokenizer, and the training template if its own changes the past. Raises: ValueError."
     tokenizer = _readable(tokenizer, replaced)
     def goes_on(template):
-        try: reply_ids(tokenizer, "dummy", template)
+        try: reply_ids(tokenizer, "dummy", template, **kwargs)
         except ValueError: return False
         except (TemplateError, TypeError): raise _refuse("text", tokenizer) from None
         return True
@@ -96,15 +99,16 @@ def prepare_tokenizer(
     tokenizer: Any,                     # of the policy; it is not changed
     call_format: str | None = None,     # how calls are written: None or "chat" for the template's own way, else as text
     chat_template: str | None = None,   # template to use in place of the tokenizer's
+    template_kwargs: dict | None = None,   # further variables for the template
 ) -> tuple[Any, str | None]:            # tokenizer with a response template where one is known; template to render with, None for its own
     "Prepare a tokenizer as TRL's trainer would. Raises: ValueError, in one sentence, where it cannot be used with tools."
     if chat_template is not None and "{" not in chat_template:
         raise ValueError(f"chat_template={chat_template[:80]!r} is no template; give its text, e.g. chat_template=Path({chat_template[:80]!r}).read_text().")
     check_template(tokenizer if chat_template is None else _with(tokenizer, chat_template))
     known, text = _PREPARED.setdefault(tokenizer, {}), call_format not in (None, "chat")
-    key = (text, chat_template, str(tokenizer.chat_template), str(getattr(tokenizer, "response_template", None)))
+    key = (text, chat_template, str(tokenizer.chat_template), str(getattr(tokenizer, "response_template", None)), str(template_kwargs))
     if key not in known:
-        made, template = (_for_text if text else _for_chat)(tokenizer if chat_template is None else _with(tokenizer, chat_template), chat_template is not None)
+        made, template = (_for_text if text else _for_chat)(tokenizer if chat_template is None else _with(tokenizer, chat_template), chat_template is not None, template_kwargs or {})
         known[key] = None if made is tokenizer else made, template or chat_template   # a value that held its key would never be forgotten
     made, template = known[key]
     return made or tokenizer, template

@@ -245,7 +245,8 @@ def _arguments(argv):
 
 def _sentence(error):
     "What went wrong, in one line, with the file that it is about."
-    if isinstance(error, OSError) and error.strerror and error.filename is not None: return f"{error.filename}: {error.strerror}."
+    from tirlab.files import WriteError
+    if isinstance(error, OSError) and not isinstance(error, WriteError) and error.strerror and error.filename is not None: return f"{error.filename}: {error.strerror}."
     return " ".join(str(error).split()) or type(error).__name__
 
 def main(

@@ -350,7 +350,7 @@ def make_format(
 ) -> ChatFormat | TextFormat:
     "Return the format of one conversation, its tokenizer prepared. Raises: ValueError for an unknown name, or a tokenizer that cannot use tools."
     if name not in (None, "chat", *SYNTAXES): raise ValueError(f"Unknown call format {name!r}; choose chat, the template's own, or one of {', '.join(SYNTAXES)}.")
-    try: tokenizer, chat_template = prepare_tokenizer(tokenizer, name, chat_template)
+    try: tokenizer, chat_template = prepare_tokenizer(tokenizer, name, chat_template, template_kwargs)
     except ValueError:
         if tools: raise
     if name not in (None, "chat"): return TextFormat(name, tokenizer, tools, chat_template, template_kwargs or {}, end_tokens)
