@@ -142,3 +142,9 @@ def test_what_is_no_number_is_named(changes):
 def test_strict_json_of_any_integer():
     assert json.loads(json.dumps(plain({"a": 10**30, "b": -10**400, "c": 2**63 - 1, "d": True, "e": 0})), parse_constant=pytest.fail) == {"a": 1e30, "b": "-Infinity", "c": 2**63 - 1, "d": True, "e": 0}
     assert TraceRow(id="x", step=np.int64(3), stop="answer").step == 3
+
+
+def test_a_group_without_variance_may_hold_unscored_rollouts():
+    from tirlab.steps import _rewards
+    lines = [dict(reward=r, group=g) for g, rewards in enumerate([[None, 0.9, 0.9], [None, None], [0.1, None, 0.2]]) for r in rewards]
+    assert _rewards(lines)["level_groups"] == 1

@@ -38,7 +38,7 @@ def _rewards(lines: list[dict]) -> dict:
     "What became of the rewards: mean, deviation, share above zero, and groups in which all are the same."
     known, groups = _known([x.get("reward") for x in lines]), {}
     for x in lines: groups.setdefault(x.get("group"), []).append(x.get("reward"))
-    level = sum(len(g) > 1 and g[0] is not None and len(set(g)) == 1 for g in groups.values())
+    level = sum(len(g) > 1 and len(set(_known(g))) == 1 for g in groups.values())   # unscored rollouts say nothing
     with np.errstate(over="ignore"): mean, deviation, above = map(_finite, (np.mean(known), np.std(known), np.mean(np.array(known) > 0))) if known else (None,) * 3
     return {"reward": mean, "reward_std": deviation, "positive": above, "groups": len(groups), "level_groups": level}
 
