@@ -297,6 +297,7 @@ def evaluate(
             failures.add(batch)
             if not start and start + size < total and (said := failing_tools(batch)): warnings.warn(said, stacklevel=2)   # long before the end
     failures.warn()
+    if failures.failed < failures.rollouts and not any(r is not None for s in scores for r in s.rewards): warnings.warn("No rollout was scored: the reward gave None for each.", stacklevel=2)
     return _evaluation(done, scores, k)
 
 # %% ../nbs/43_evaluate.ipynb #a11ceb02

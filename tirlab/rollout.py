@@ -72,9 +72,11 @@ def _read(sampled, ids, format, limits, room, seconds):
     return _Read(partial(Turn, new, message, kind, calls, logprobs=logprobs, seconds=seconds), calls, broken, void, size, ended, format.ends(new))
 
 # %% ../nbs/11_rollout.ipynb #e36fffd9
-def _asked(row, more):
+def _asked(row, more, number=None):
     "Messages of a row, with what its environment has to say behind the last."
-    if not (row.get("prompt") or more): raise ValueError(f"A row has no `prompt` and its environment's `reset` gives none; the columns are {', '.join(row)}.")
+    if not (row.get("prompt") or more):
+        which = "A row" if number is None else f"Row {number}"
+        raise ValueError(f"{which} has no `prompt`, or an empty one, and its environment's `reset` gives none; the columns are {', '.join(row)}.")
     prompt = row.get("prompt") or ""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if more: messages[-1] = messages[-1] | {"content": messages[-1]["content"] + more}
@@ -107,7 +109,7 @@ def open_environment(
     with outside_loop(): environment = factory() if factory else None
     reset = lambda: reset_environment(environment, row, number)
     more = reset()   # what the tools are may depend on the row
-    return _asked(row, more), environment_tools(environment, tools), environment, reset
+    return _asked(row, more, number), environment_tools(environment, tools), environment, reset
 
 def open_row(
     row: dict,        # a dataset row: `prompt`, and what its environment needs
