@@ -16,7 +16,7 @@ from typing import ClassVar
 from .engines import EngineError, Sampled, Sampling
 from .formats import results_text, text_messages, tool_schemas, turn_kind
 from .writers import EndpointWriter, ask_server, without_thoughts
-from .families import syntax_of, thought_spans, without_thoughts as without_spans
+from .syntax import syntax_of
 from .trajectory import ToolCall, ToolResult, TurnKind
 
 # %% ../nbs/15_endpoint.ipynb #66d81486
@@ -181,11 +181,9 @@ class EndpointFormat:
         return message, calls, kind
 
     def _parse_text(self, message):
-        syntax, text = syntax_of(self.name), message["content"]
-        visible = lambda text, fill="": without_spans(text, thought_spans(text, syntax, "json"), fill)   # thoughts hold no calls
-        end = syntax.end_of_call(visible(text, " ")) if self.first_call_only else None
-        message["content"] = text[:end]
-        try: calls, content = syntax.parse(visible(text[:end]), self.tools)
+        syntax, text = syntax_of(self.name), message["content"]   # without its thoughts, see `read_message`
+        message["content"] = text[:syntax.end_of_call(text) if self.first_call_only else None]
+        try: calls, content = syntax.parse(message["content"], self.tools)
         except ValueError: calls, content = [], message["content"]
         kind, calls = turn_kind(message["content"], syntax=self.name), calls[:1 if self.first_call_only else None]   # a list may hold several
         made = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
