@@ -8,8 +8,8 @@ from pathlib import Path
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from tirlab.annotations import bookmark, read_bookmarks
-from tirlab.traces import Run, RunError, open_run
+from tirlab.traces.annotations import bookmark, read_bookmarks
+from tirlab.traces.run import Run, RunError, open_run
 
 STATUS = {   # status -> icon, colour, what it means
     "running": (":material/play_circle:", "green", "running"),

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import streamlit as st
 
-from tirlab.annotations import config_diff
+from tirlab.traces.annotations import config_diff
 from tirlab.app.common import NOTHING_YET, chosen_run, go_to, open_cached, plain, ready, run_name, run_paths, stop, the_run, watch
-from tirlab.run_plots import compare, task_rewards
-from tirlab.traces import RunError
+from tirlab.plots.runs import compare, task_rewards
+from tirlab.traces.run import RunError
 
 METRICS = {"reward": "Reward", "entropy": "Entropy, nats a token", "grad_norm": "Gradient norm", "rollout/turns": "Turns a rollout", "probe/void_rate": "Void turns",
            "tools/call_frequency": "Calls a trajectory", "tools/failure_frequency": "Failed calls", "completions/mean_length": "Tokens a completion"}

@@ -1,10 +1,10 @@
 """Control tokens over training: how likely each was where it belongs and where it does not, and the places that stand out."""
 import streamlit as st
 
-from tirlab.annotations import read_alarms, taught
+from tirlab.traces.annotations import read_alarms, taught
 from tirlab.app.common import NOTHING_YET, go_to, ready, stop, the_run, watch
-from tirlab.run_plots import control_names, control_quantiles
-from tirlab.search import control_spikes
+from tirlab.plots.runs import control_names, control_quantiles
+from tirlab.traces.search import control_spikes
 
 COLUMNS = {
     "step": st.column_config.NumberColumn("Step", format="%d", width=70),

@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from tirlab.app.common import NOTHING_YET, go_to, ready, stop, the_run, watch
-from tirlab.run_plots import left_out, reason_kinds
+from tirlab.plots.runs import left_out, reason_kinds
 
 COLUMNS = {
     "step": st.column_config.NumberColumn("Step", format="%d", width=60),

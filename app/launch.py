@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from tirlab.traces import RunError, open_run
+from tirlab.traces.run import RunError, open_run
 
 MAIN = Path(__file__).with_name("main.py")
 

@@ -2,7 +2,7 @@
 import streamlit as st
 
 from tirlab.app.common import choose_run, stop
-from tirlab.traces import RunError
+from tirlab.traces.run import RunError
 
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#2F6FB0"/>
 <path d="M5 23 L12 13 L18 18 L27 8" fill="none" stroke="#fff" stroke-width="3.2" stroke-linecap="round" stroke-linejoin="round"/>

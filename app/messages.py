@@ -5,9 +5,9 @@ import unicodedata
 import streamlit as st
 
 from tirlab.app.common import number
-from tirlab.plots import text_html
-from tirlab.rows import TraceRow
-from tirlab.token_map import code_in, turn_list, turn_texts
+from tirlab.plots.figures import text_html
+from tirlab.traces.rows import TraceRow
+from tirlab.plots.token_map import code_in, turn_list, turn_texts
 
 WAYS = {"raw": "Raw", "markdown": "Markdown", "latex": "LaTeX", "code": "Code"}
 AT_ONCE, LONGEST = 8, 100_000   # turns on a page; characters that are laid out as Markdown

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import streamlit as st
 
-from tirlab.annotations import read_alarms, taught
+from tirlab.traces.annotations import read_alarms, taught
 from tirlab.app.common import badge, go_to, link, link_trajectory, plain, ready, run_name, run_paths, span, the_run, watch
-from tirlab.run_plots import overview
+from tirlab.plots.runs import overview
 
 TILES = {   # metric -> title, format, what it is
     "reward": ("Reward", "%.3f", "Mean over the trajectories of the step"),

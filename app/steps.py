@@ -4,8 +4,8 @@ import math
 import streamlit as st
 
 from tirlab.app.common import NOTHING_YET, link, link_trajectory, number, plain, ready, stop, the_run, watch
-from tirlab.groups import MARKS, group_legend, prompts, rollout_html
-from tirlab.traces import RunError
+from tirlab.plots.groups import MARKS, group_legend, prompts, rollout_html
+from tirlab.traces.run import RunError
 
 COLUMNS = {
     "group": st.column_config.NumberColumn("Group", format="%d", width=60, help="Rollouts of one prompt share it"),

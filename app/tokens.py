@@ -5,10 +5,10 @@ import numpy as np
 import streamlit as st
 
 from tirlab.app.common import plain
-from tirlab.plots import CLASSES, class_color, scale_of
-from tirlab.rows import TraceRow, unit_of
-from tirlab.token_map import jump_lists, token_metrics, token_table, turn_list
-from tirlab.traces import Run, RunError
+from tirlab.plots.figures import CLASSES, class_color, scale_of
+from tirlab.traces.rows import TraceRow, unit_of
+from tirlab.plots.token_map import jump_lists, token_metrics, token_table, turn_list
+from tirlab.traces.run import Run, RunError
 
 LABELS = {"logprob": "Log-probability", "entropy": "Entropy", "advantage": "Advantage", "ratio": "Importance ratio", "mismatch": "Trainer − sampler",
           "surprise": "Prop. 3.1 factor", "sampling_logprob": "Log-probability, sampler"}

@@ -6,8 +6,8 @@ import pandas as pd
 import streamlit as st
 
 from tirlab.app.common import NOTHING_YET, bookmarks, go_to, link_trajectory, plain, ready, span, stop, the_run, watch
-from tirlab.run_plots import STATES
-from tirlab.search import find, find_text, places
+from tirlab.plots.runs import STATES
+from tirlab.traces.search import find, find_text, places
 
 COLUMNS = {
     "step": st.column_config.NumberColumn("Step", format="%d", width=60),

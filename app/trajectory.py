@@ -5,8 +5,8 @@ import streamlit as st
 from tirlab.app.common import NOTHING_YET, bookmark_button, link, number, plain, ready, stop, the_run, watch
 from tirlab.app.messages import choice, messages
 from tirlab.app.tokens import token_map
-from tirlab.rows import unit_of
-from tirlab.traces import RunError
+from tirlab.traces.rows import unit_of
+from tirlab.traces.run import RunError
 
 GOOD_STOPS = ("answer",)
 ORIGINS = {   # origin -> icon, what it means

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-import tirlab.interleave
+import tirlab.trainer.interleave
 from tirlab.all import ErroneousTrajectories, Interleave, TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
-from tirlab.tasks import ENVIRONMENTS
+from tirlab.envs.tasks import ENVIRONMENTS
 
 
 class Kill(TrainerCallback):
@@ -29,14 +29,14 @@ def main(folder, where=None):
     places = {"start": ("phase-00-rl", 1), "rl": ("phase-02-rl", 2), "rl-end": ("phase-02-rl", None), "sft": ("phase-03-sft", 2), "sft-end": ("phase-01-sft", None)}
     if where in ("start", "rl", "rl-end"): trainer.add_callback(Kill(*places[where]))
     if where in ("sft", "sft-end"):
-        made = tirlab.interleave.SFTTrainer
-        tirlab.interleave.SFTTrainer = lambda callbacks=None, **kwargs: made(callbacks=[*(callbacks or []), Kill(*places[where])], **kwargs)
+        made = tirlab.trainer.interleave.SFTTrainer
+        tirlab.trainer.interleave.SFTTrainer = lambda callbacks=None, **kwargs: made(callbacks=[*(callbacks or []), Kill(*places[where])], **kwargs)
     if where == "between":
-        stored = tirlab.interleave._store
+        stored = tirlab.trainer.interleave._store
         def store(trainer, folder, optimizer):
             stored(trainer, folder, optimizer)
             if folder.name == "phase-01-sft": os.kill(os.getpid(), signal.SIGKILL)
-        tirlab.interleave._store = store
+        tirlab.trainer.interleave._store = store
     plan = Interleave([2, 3, 2], [ErroneousTrajectories("any")], sft=dict(learning_rate=1e-4, per_device_train_batch_size=2))
     plan.train(trainer, resume=True)
     trainer.accelerator.wait_for_everyone()   # gloo aborts a process whose partner has gone first

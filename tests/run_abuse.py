@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(__file__))
 from trace_rows import CONTROL, add_steps   # noqa: E402
 
-from tirlab.traces import RunWriter, open_run   # noqa: E402
+from tirlab.traces.run import RunWriter, open_run   # noqa: E402
 
 META = {"model": "tiny-policy", "control_tokens": CONTROL}
 

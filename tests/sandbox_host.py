@@ -5,15 +5,15 @@ import subprocess
 import sys
 import threading
 
-from tirlab.sandbox import Limits, run_python
+from tirlab.sandbox.client import Limits, run_python
 
-SERVER = "import sys; from tirlab import locks; locks.landlock_abi = lambda: {}; from tirlab.fork_server import main; main(int(sys.argv[1]), *sys.argv[2:])"
+SERVER = "import sys; from tirlab.sandbox import locks; locks.landlock_abi = lambda: {}; from tirlab.sandbox.fork_server import main; main(int(sys.argv[1]), *sys.argv[2:])"
 speaking = threading.Lock()
 
 
 class OldKernel(subprocess.Popen):
     def __init__(self, command, **options):
-        if "tirlab.fork_server" in command: command = [*command[:2], "-c", SERVER.format(int(sys.argv[1])), *command[4:]]
+        if "tirlab.sandbox.fork_server" in command: command = [*command[:2], "-c", SERVER.format(int(sys.argv[1])), *command[4:]]
         super().__init__(command, **options)
 
 
@@ -22,7 +22,7 @@ if len(sys.argv) > 1: subprocess.Popen = OldKernel
 
 def run(code, limits, isolation, stays):
     if not stays: return run_python(code, Limits(**limits), isolation)
-    from tirlab.interpreters import Interpreter
+    from tirlab.sandbox.interpreters import Interpreter
     with Interpreter(Limits(**limits), isolation, "bare") as interpreter: return interpreter.run(code)
 
 

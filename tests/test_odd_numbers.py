@@ -11,12 +11,12 @@ from test_app import app
 from test_app_tokens import shown as sent
 from trace_rows import CONTROL, make_row, make_run
 
-from tirlab.exports import export_dataset, export_html
-from tirlab.files import as_float, plain
-from tirlab.groups import prompts, rollout_html
-from tirlab.search import find
-from tirlab.terminal import overview, shown
-from tirlab.traces import RunWriter, TraceRow, open_run, trace_id
+from tirlab.plots.export import export_dataset, export_html
+from tirlab.traces.files import as_float, plain
+from tirlab.plots.groups import prompts, rollout_html
+from tirlab.traces.search import find
+from tirlab.traces.terminal import overview, shown
+from tirlab.traces.run import RunWriter, TraceRow, open_run, trace_id
 
 NUMBERS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan, "none": None, "huge": 1e300, "a huge integer": 10**30, "beyond every float": 10**400, "text": "0.5",
            "float32": np.float32(.5), "float64 -inf": np.float64("-inf"), "int64": np.int64(3), "bool": True, "numpy bool": np.bool_(True)}
@@ -145,6 +145,6 @@ def test_strict_json_of_any_integer():
 
 
 def test_a_group_without_variance_may_hold_unscored_rollouts():
-    from tirlab.steps import _rewards
+    from tirlab.traces.steps import _rewards
     lines = [dict(reward=r, group=g) for g, rewards in enumerate([[None, 0.9, 0.9], [None, None], [0.1, None, 0.2]]) for r in rewards]
     assert _rewards(lines)["level_groups"] == 1

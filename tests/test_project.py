@@ -4,6 +4,7 @@ import configparser
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-MODULES = sorted(p for p in ROOT.glob("tirlab/*.py") if p.stem not in ("__init__", "_modidx", "all"))
+MODULES = sorted(p for p in ROOT.glob("tirlab/*/*.py") if p.stem != "__init__")
 APP = sorted(p for p in ROOT.glob("app/**/*.py"))
+structure = runpy.run_path(str(ROOT / "scripts/structure"))
 
 
 def tracked():
@@ -82,60 +84,51 @@ def test_every_dependency_is_pinned():
     assert not {*project["dependencies"], *wanted} - set(pinned)
 
 
-# Notebooks and modules
+# Packages, notebooks and modules
 
-def notebook_of(module):
-    "The notebook that a module says it was made from, or 99 and its name where it says nothing."
-    found = re.search(r"File to edit: \.\./nbs/(\S+)\.", module.read_text())
-    return found[1] if found else f"99_{module.stem}"
-
-
-def floor_of(module):
-    "The number of a module's notebook. Modules of one number (30a, 30b) are one room."
-    return int(re.match(r"\d+", notebook_of(module))[0])
+@pytest.mark.parametrize("module", MODULES, ids=structure["dotted"])
+def test_every_module_has_its_notebook(module):
+    notebook = re.search(r"File to edit: \.\./\.\./nbs/(\S+)\.$", module.read_text(), re.M)[1]
+    assert re.fullmatch(rf"\d\d_{module.parent.name}/\d\d_{module.stem}\.ipynb", notebook) and (ROOT / "nbs" / notebook).exists()
 
 
-def imports_of(source):
-    "Names of the tirlab modules that a file imports, also inside functions."
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = "tirlab." * bool(node.level) + (node.module or "")
-            names = [f"{base.rstrip('.')}.{a.name}" for a in node.names] if base.rstrip(".") == "tirlab" else [base]
-        else: continue
-        yield from (name.split(".")[1] for name in names if name.startswith("tirlab."))
+def test_every_exporting_notebook_has_its_module():
+    exporting = [n for n in NOTEBOOKS if "#| default_exp" in n.read_text()]
+    assert len(exporting) == len(MODULES) and not [n for n in exporting if n.parent.parent != ROOT / "nbs"]
 
 
-def test_every_module_has_its_notebook():
-    exporting = {}
-    for notebook in NOTEBOOKS:
-        cells = json.loads(notebook.read_text())["cells"]
-        for name in re.findall(r"^#\|\s*default_exp (\S+)", "\n".join("".join(c["source"]) for c in cells), re.M): exporting[name] = notebook
-    assert sorted(exporting) == sorted(m.stem for m in MODULES)
-    for name, notebook in exporting.items(): assert re.fullmatch(rf"\d\d[a-z]?_{name}", notebook.stem), f"{notebook.name} exports {name}"
+def test_the_house_keeps_its_rules():
+    "Imports go down, in no circle, and take no private names; modules, export cells and notebooks are small."
+    assert not list(structure["offences"]())
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_are_small(notebook):
-    assert notebook.stat().st_size <= 300_000, "store a smaller picture, or none"
+@pytest.mark.parametrize("source, expected", [
+    ("from tirlab.core.tiny import tiny_policy", [("core", "tiny", ["tiny_policy"])]),
+    ("from ..core.tiny import tiny_policy as t", [("core", "tiny", ["tiny_policy"])]),
+    ("from .locks import _LIBC", [("here", "locks", ["_LIBC"])]),
+    ("from tirlab.core import tiny", [("core", "tiny", [])]),
+    ("def f():\n    import tirlab.core.tiny", [("core", "tiny", [])]),
+    ("from tirlab import core", [("core", None, [])]),
+    ("import torch, os.path\nfrom pathlib import Path", []),
+])
+def test_every_way_to_import_is_seen(tmp_path, source, expected):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/module.py").write_text(source)
+    assert list(structure["imports_of"](tmp_path / "here/module.py")) == expected
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
-def test_imports_go_down(module):
-    floors = {m.stem: floor_of(m) for m in MODULES}
-    up = [name for name in imports_of(module.read_text()) if floors.get(name, 0) > floors[module.stem]]
-    assert not up, f"nbs/{notebook_of(module)}.ipynb may import from its own floor and below, not {up}"
+def test_a_circle_is_found():
+    assert structure["circles"]([("a", "b"), ("b", "c"), ("c", "b"), ("c", "d")]) == ["b", "c"] and structure["circles"]([("a", "b"), ("b", "c")]) == []
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if floor_of(m) < 10], ids=lambda p: p.stem)
-def test_the_data_floor_needs_no_torch(module):
-    assert not re.search(r"^\s*(import|from) torch\b", module.read_text(), re.M)
+@pytest.mark.parametrize("package", ["core", "sandbox", "envs"])
+def test_data_and_sandbox_need_no_torch(package):
+    modules = [m for m in (ROOT / "tirlab" / package).glob("*.py") if m.stem != "tiny"]   # the tiny policy is a model
+    for module in modules: assert not re.search(r"^\s*(import|from) torch\b", module.read_text(), re.M), module
 
 
-@pytest.mark.parametrize("page", APP, ids=lambda p: p.stem)
-def test_the_app_only_looks(page):
-    floors = {m.stem: floor_of(m) for m in MODULES}
-    assert not [name for name in imports_of(page.read_text()) if name == "all" or floors.get(name, 0) >= 40]
+def test_what_the_sandboxs_child_imports_is_tiny():
+    assert (ROOT / "tirlab/sandbox/__init__.py").read_text() == ""
 
 
 # Documentation
@@ -152,7 +145,7 @@ def undocumented(source):
             if "#" not in lines[arg.end_lineno - 1][arg.end_col_offset:]: yield f"{f.name}: parameter {arg.arg} has no comment"
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("module", MODULES, ids=structure["dotted"])
 def test_public_functions_are_documented(module):
     missing = list(undocumented(module.read_text()))
     assert not missing, "\n".join(missing)
@@ -217,7 +210,7 @@ def test_the_wheel_holds_modules_app_and_policy(tmp_path):
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    wanted = {str(p.relative_to(ROOT)) for p in [*MODULES, *ROOT.glob("tirlab/tiny_policy/*")] if p.is_file()}
+    wanted = {str(p.relative_to(ROOT)) for p in [*MODULES, *ROOT.glob("tirlab/*/__init__.py"), ROOT / "tirlab/all.py", *ROOT.glob("tirlab/tiny_policy/*")] if p.is_file()}
     wanted |= {f"tirlab/{p.relative_to(ROOT)}" for p in [*APP, *ROOT.glob("app/*.js"), *ROOT.glob("app/*.css")]}
     assert wanted <= names, f"not in the wheel: {sorted(wanted - names)}"
     assert any(name.endswith("/LICENSE") for name in names)

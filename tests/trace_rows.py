@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from tirlab.traces import RunWriter, TraceRow, trace_id
+from tirlab.traces.run import RunWriter, TraceRow, trace_id
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 _PIECE = re.compile(r"<[^<>\s]+>|\w+| ?[^\w\s]|\s+")

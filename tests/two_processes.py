@@ -4,7 +4,7 @@ import os
 import sys
 
 from tirlab.all import AuxiliarySFT, Hints, OffPolicy, TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
-from tirlab.tasks import ENVIRONMENTS
+from tirlab.envs.tasks import ENVIRONMENTS
 
 def main(folder):
     n = 16 // int(os.environ.get("WORLD_SIZE", 1))

@@ -64,21 +64,21 @@ def make_llm(vllm):
 
 @pytest.fixture(scope="session")
 def llm(make_llm):
-    from tirlab.tiny import tiny_policy
+    from tirlab.core.tiny import tiny_policy
     return make_llm(tiny_policy())
 
 
 @pytest.fixture
 def model():
     from transformers import AutoModelForCausalLM
-    from tirlab.tiny import tiny_policy
+    from tirlab.core.tiny import tiny_policy
     return AutoModelForCausalLM.from_pretrained(tiny_policy()).eval()
 
 
 @pytest.fixture(scope="session")
 def tok():
     from transformers import AutoTokenizer
-    from tirlab.tiny import tiny_policy
+    from tirlab.core.tiny import tiny_policy
     return AutoTokenizer.from_pretrained(tiny_policy())
 
 

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 from tiny_rollouts import ROWS, alike, ask, gap, other_weights, roll, scored
-from tirlab.engines import EngineError, Sampling
-from tirlab.trajectory import StopReason
-from tirlab.vllm_engine import VLLMEngine
+from tirlab.rollout.engines import EngineError, Sampling
+from tirlab.core.trajectory import StopReason
+from tirlab.rollout.vllm import VLLMEngine
 
 pytestmark = pytest.mark.vllm
 
@@ -133,7 +133,7 @@ def test_prefixes_of_older_weights_are_not_used(llm, make_llm, model, tok, tmp_p
 
 def fresh_model():
     from transformers import AutoModelForCausalLM
-    from tirlab.tiny import tiny_policy
+    from tirlab.core.tiny import tiny_policy
     return AutoModelForCausalLM.from_pretrained(tiny_policy())
 
 

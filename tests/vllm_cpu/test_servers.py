@@ -17,11 +17,11 @@ import torch
 from conftest import SETTINGS
 from test_engine import prompts_of
 from tiny_rollouts import alike, ask, gap, other_weights, roll, scored
-from tirlab.engines import EngineError, Sampling
-from tirlab.tiny import tiny_policy
-from tirlab.trajectory import StopReason
-from tirlab.vllm_engine import VLLMEngine
-from tirlab.vllm_servers import VLLMServerEngine
+from tirlab.rollout.engines import EngineError, Sampling
+from tirlab.core.tiny import tiny_policy
+from tirlab.core.trajectory import StopReason
+from tirlab.rollout.vllm import VLLMEngine
+from tirlab.rollout.vllm_servers import VLLMServerEngine
 
 pytestmark = pytest.mark.vllm
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.vllm
 def test_only_sampled_rows_are_corrected(vllm, report, tmp_path):
     "The policy moves between vLLM and the loss, so that every ratio that is computed shows; those of shown, told and remembered rows are 1, exactly."
     from tirlab.all import Hints, OffPolicy, Replay, TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
-    from tirlab.tasks import ENVIRONMENTS
+    from tirlab.envs.tasks import ENVIRONMENTS
     group, tasks, failing = 6, make_tasks("all", n=3), []
     def reward(completions, answer, **kwargs): return [0.0] * len(completions) if failing else answer_reward(completions, answer, **kwargs)
     args = TIRConfig(output_dir=str(tmp_path), use_vllm=True, vllm_mode="colocate", vllm_max_model_length=1024, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate",

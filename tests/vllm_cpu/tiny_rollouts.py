@@ -2,11 +2,11 @@
 import asyncio
 
 import torch
-from tirlab.engines import Sampling, noise_seed, processors
-from tirlab.environments import PythonEnvironment
-from tirlab.formats import ChatFormat
-from tirlab.rollout import RolloutLimits, rollouts
-from tirlab.tasks import make_tasks
+from tirlab.rollout.engines import Sampling, noise_seed, processors
+from tirlab.envs.environments import PythonEnvironment
+from tirlab.core.formats import ChatFormat
+from tirlab.rollout.loop import RolloutLimits, rollouts
+from tirlab.envs.tasks import make_tasks
 
 ROWS = [row for row in make_tasks("arithmetic", "test", 8) for _ in range(8)]
 
