@@ -9,6 +9,7 @@ from bs4 import BeautifulSoup
 from latex2mathml.converter import convert
 from mkdocs.plugins import event_priority, get_plugin_logger
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.toc import get_toc
 
 sys.path.insert(0, str(Path(__file__).parent))
 import api
@@ -99,7 +100,20 @@ def on_page_content(content, page, config, files):
                 link["class"], link.string = ["headerlink"], "¶"
             elif not link[key].startswith("data:") and (there := moved(link[key], page, files)):
                 link[key] = re.sub(r"\.(ipynb|md)(?=#|$)", ".html", there) if not there.startswith("https:") else there
+    page.toc = get_toc(contents(soup))
     return mathematics(str(soup))
+
+
+def contents(soup):
+    "The table of contents that MkDocs wants, from a page's headings."
+    top = {"level": 0, "children": []}
+    path = [top]
+    for heading in soup.select("h1[id], h2[id], h3[id]"):
+        level, name = int(heading.name[1]), heading.text.removesuffix("¶")
+        while path[-1]["level"] >= level: path.pop()
+        path[-1]["children"].append({"level": level, "id": heading["id"], "name": name, "html": html.escape(name), "children": []})
+        path.append(path[-1]["children"][-1])
+    return top["children"]
 
 
 def mathematics(content):
