@@ -3,6 +3,7 @@ import ast
 import json
 import re
 import tokenize
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,7 +156,9 @@ class Module:
         return prose(first_sentence(ast.get_docstring(node)) if documented else self.notes.get(node.end_lineno, ""))
 
 
+@cache
 def modules(package):
+    "Return the modules of a package, by name."
     return [Module(p) for p in sorted((ROOT / "tirlab" / package).glob("*.py")) if not p.stem.startswith("_")]
 
 
@@ -184,7 +187,7 @@ def api_page(package):
         parts.append(f"## {package}.{m.name} {{ #{m.name} }}")
         if m.notebook:
             title, about, path = lesson_of(m)
-            parts.append(f"{about.rstrip('.')}. " * bool(about) + f"Lesson: [{title}](../{path}).")
+            parts.append(f"{about.rstrip('.')}{'' if about.endswith('?') else '.'} " * bool(about) + f"Lesson: [{title}](../{path}).")
         for name in m.public:
             parts += [f"### `{name}` {{ #{m.name}.{name} }}", m.entry(name, methods.get(name, ()))]
     return "\n\n".join(parts) + "\n"
@@ -201,7 +204,7 @@ def names_page():
     names = names_in_all()
     sources = {(m.package, m.name): m for p in packages() for m in modules(p)}
     text = (f"# Names in tirlab.all\n\n`from tirlab.all import *` gives these {len(names)} names. What is not here is imported from its "
-            "package, e.g. `from tirlab.algorithms.filters import void_mask`; the API pages list everything.\n")
+            "package, e.g. `from tirlab.rewards.outcome import turn_rewards`; the API pages list everything.\n")
     order = [p for p in packages() if any(n[0] == p for n in names)]
     for package in order:
         text += f"\n## {package}\n\n| name | what it is |\n| --- | --- |\n"
