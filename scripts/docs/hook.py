@@ -90,9 +90,10 @@ def tidy(cell):
 
 
 def on_page_content(content, page, config, files):
-    "Take the notebook's own styles and scripts away, follow its links, and write formulas as MathML."
+    "Take mkdocs-jupyter's styles and scripts away, follow the notebook's links, and write formulas as MathML."
     if not page.file.src_uri.endswith(".ipynb"): return content
-    soup = BeautifulSoup(re.sub(r"<style.*?</style>|<script.*?</script>|<!--.*?-->", "", content, flags=re.S), "html.parser")
+    content = content[content.index('<div class="jupyter-wrapper">'):]   # what stands before are 600 kB of styles
+    soup = BeautifulSoup(re.sub(r"<script.*?</script>", "", content, flags=re.S), "html.parser")
     for cell in soup.select(".jp-CodeCell > .jp-CodeCell"): tidy(cell)
     for tag, key in ("a", "href"), ("img", "src"):
         for link in soup.find_all(tag, attrs={key: True}):
