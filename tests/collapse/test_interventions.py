@@ -11,13 +11,14 @@ from test_probes import batch, make
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer import utils as fused_head
 
-from tirlab.all import Sampling, TIRConfig, TIRTrainer, evaluate, generate, make_tasks, tiny_policy
+from tirlab.all import Sampling, TIRConfig, TIRTrainer, evaluate, make_tasks, tiny_policy
 from tirlab.collapse.control_signals import token_roles
 from tirlab.eval.evaluate import restore
 from tirlab.collapse.interventions import (FLOOR, Bounds, Clamp, HoldTokens, _Clamped, bounds_of, clamped_engine, clamped_loss, clamps_from, held, next_state, places,
                                   random_clamps, turn_states)
 from tirlab.collapse.probes import ControlProbe
 from tirlab.envs.tasks import ENVIRONMENTS
+from tirlab.rollout.engines import generate
 from tirlab.core.trajectory import StopReason, Trajectory, Turn, TurnKind
 
 TOKENIZER = AutoTokenizer.from_pretrained(tiny_policy())

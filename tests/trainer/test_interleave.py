@@ -9,8 +9,9 @@ import torch
 from forks import ended, forked, side_by_side
 from transformers import TrainerCallback
 
-from tirlab.all import (Alarm, CollapseMonitor, DemonstrationSFT, Detectors, ErroneousTrajectories, Hints, Interleave, OnAlarm, Reflections, RejectionSampling, TIRConfig, TIRTrainer, answer_reward,
+from tirlab.all import (CollapseMonitor, DemonstrationSFT, Detectors, ErroneousTrajectories, Hints, Interleave, OnAlarm, Reflections, RejectionSampling, TIRConfig, TIRTrainer, answer_reward,
                         demonstrate, make_tasks, open_run, tiny_policy)
+from tirlab.collapse.monitor import Alarm
 from tirlab.trainer.interleave import bare_forward, cleared, last_checkpoint
 from tirlab.supervision.reflections import rule_writer, short_prompt
 from tirlab.envs.tasks import ENVIRONMENTS

@@ -15,9 +15,11 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from tirlab import all as tirlab_all
 from tirlab.algorithms.advantages import discounted_returns, pooled_advantages
-from tirlab.all import PythonEnvironment, RunError, TIRConfig, TIRTrainer, answer_reward, format_rewards, make_tasks, open_run, tiny_policy, turn_rewards
+from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, answer_reward, make_tasks, open_run, tiny_policy
 from tirlab.cli.main import main
 from tirlab.envs.tasks import ENVIRONMENTS
+from tirlab.rewards.outcome import format_rewards, turn_rewards
+from tirlab.traces.run import RunError
 
 SMALL = dict(per_device_train_batch_size=16, num_generations=8, max_completion_length=160, max_steps=2, learning_rate=1e-4, save_strategy="no", disable_tqdm=True)
 
@@ -255,6 +257,8 @@ def test_demo_prints_figures_of_its_own_run_and_repeats_them(tmp_path):
     assert rewards[0] == rewards[1] and len(rewards[0]) == 128 and open_run(first["run_dir"]).status() == "finished"
 
 
-def test_everything_in_all_is_there():
-    for name in ("TIRTrainer", "TIRConfig", "PythonEnvironment", "answer_reward", "make_tasks", "tiny_policy", "open_run", "evaluate", "rollouts"):
-        assert hasattr(tirlab_all, name)
+def test_all_is_short_and_gives_what_a_user_begins_with():
+    names = tirlab_all.__all__
+    assert {"TIRTrainer", "TIRConfig", "PythonEnvironment", "answer_reward", "make_tasks", "tiny_policy", "open_run", "evaluate", "rollouts"} <= set(names)
+    assert len(names) == len(set(names)) <= 70 and all(hasattr(tirlab_all, name) for name in names)
+    assert {n for n in vars(tirlab_all) if not n.startswith("_")} == set(names)
