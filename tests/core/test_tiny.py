@@ -118,7 +118,7 @@ def test_splits_do_not_overlap(family):
 @pytest.mark.parametrize("n", [30, pytest.param(150, marks=pytest.mark.slow)])
 def test_no_held_out_pair_occurs_in_warm_up(n):
     "Every number in every warm-up conversation, tool answers and slips included, against the operands of the held-out split."
-    held_out = {tuple(p.split("|")) for f in FAMILIES for level in (1, 2) for r in make_tasks(f, "content_ood", 400, level=level) for p in r["pairs"]}
+    held_out = {tuple(p.split("|")) for f in FAMILIES for level in (1, 2) for r in make_tasks(f, "content_ood", 3 * n, level=level) for p in r["pairs"]}
     assert all(zlib.crc32(f"{name}|{number}".encode()) % 5 == 0 for name, number in held_out)      # the rule, spelled out
     rows = [r for f, levels in LEVELS.items() for i, level in enumerate(levels) for r in make_tasks(f, "train", n, seed=i, level=level)]
     seen = set()
