@@ -23,7 +23,7 @@ class Kill(TrainerCallback):
 
 
 def main(folder, where=None):
-    args = TIRConfig(output_dir=folder, run_dir=folder + "/run", per_device_train_batch_size=8, num_generations=4, max_completion_length=72, learning_rate=1e-4, beta=0.05, seed=3, advantage="gtpo",
+    args = TIRConfig(output_dir=folder, run_dir=folder + "/run", per_device_train_batch_size=8, num_generations=4, max_completion_length=120, learning_rate=1e-4, beta=0.05, seed=3, advantage="gtpo",
                      save_strategy="steps", save_steps=1, disable_tqdm=True, report_to="none", prompt_sampling="mopps", probe="off")
     trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("all", n=12), environment_factory=ENVIRONMENTS)
     places = {"start": ("phase-00-rl", 1), "rl": ("phase-02-rl", 2), "rl-end": ("phase-02-rl", None), "sft": ("phase-03-sft", 2), "sft-end": ("phase-01-sft", None)}
