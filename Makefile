@@ -34,7 +34,7 @@ test: .venv/.has-dev  ## all checks, as in CI: style, notebooks in step with mod
 	$(call step,notebooks and modules agree,scripts/in_step,commit what has just been brought into step)
 	$(call step,README.md is made from nbs/index.ipynb,scripts/readme --check,run 'make readme' and commit)
 	$(call step,notebooks run,nbdev-test --n-workers 2,run the notebook named above and repair the cell)
-	$(call step,tests,pytest -q -n auto --maxprocesses 8 --dist loadfile,repair what pytest names; 'pytest -x FILE' runs one file)
+	$(call step,tests,pytest -q -n auto --maxprocesses 8 --dist loadfile --durations 10,repair what pytest names; 'pytest -x FILE' runs one file)
 	@printf '\nAll good.\n'
 
 test-slow: .venv/.has-dev  ## what takes minutes: tests marked slow, and the notebooks' cells marked `#| slow`

@@ -280,7 +280,7 @@ def length_reward(completions, **_):
 
 
 def run(folder, steps=2, clamps=None, **options):
-    common = dict(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=8, max_completion_length=160, seed=0,
+    common = dict(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=8, max_completion_length=96, seed=0,
                   learning_rate=1e-4, save_strategy="no", disable_tqdm=True, report_to="none", probe="on", temperature=0.7, trace=False)
     t = TIRTrainer(tiny_policy(), length_reward, TIRConfig(**common | options), make_tasks("arithmetic", n=8), environment_factory=ENVIRONMENTS, interventions=clamps)
     t.seen, loss = [], t._compute_loss

@@ -248,13 +248,13 @@ def test_interrupting_the_demo_leaves_a_run_that_opens(tmp_path):
 def test_demo_prints_figures_of_its_own_run_and_repeats_them(tmp_path):
     def go(name):
         said = tmp_path / f"{name}.said"
-        assert ended(forked(main, ["demo", "--steps", "2", "--seed", "7", "--out", str(tmp_path / name), "--json"], said=said)) == 0, said.read_text()
+        assert ended(forked(main, ["demo", "--steps", "1", "--seed", "7", "--out", str(tmp_path / name), "--json"], said=said)) == 0, said.read_text()
         return json.loads(said.read_text().strip().splitlines()[-1])
     first, second = go("a"), go("b")
     assert set(first) == {"success_before", "success_after", "seconds", "rollouts_per_second", "run_dir"}
     assert [first[k] for k in ("success_before", "success_after")] == [second[k] for k in ("success_before", "success_after")]
     rewards = [open_run(r["run_dir"]).index().reward.tolist() for r in (first, second)]
-    assert rewards[0] == rewards[1] and len(rewards[0]) == 128 and open_run(first["run_dir"]).status() == "finished"
+    assert rewards[0] == rewards[1] and len(rewards[0]) == 64 and open_run(first["run_dir"]).status() == "finished"
 
 
 def test_all_is_short_and_gives_what_a_user_begins_with():
