@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
-from tirlab.collapse.monitor import CollapseMonitor, Cusum, Detectors, culprits, robust_z
+from tirlab.collapse.monitor import CollapseMonitor, Cusum, Detectors, find_culprits, robust_z
 from tirlab.algorithms.filters import has_answer, void_turns
 
 
@@ -121,5 +121,5 @@ def test_culprits_of_void_turns_follow_the_answer_pattern(tmp_path):
     rate, found = next(m for m in t.state.log_history if "reward" in m)["probe/void_rate"], t._watch.culprits("probe/void_rate")
     void = {name for name, x in zip(t._watch._last[1], t._watch._last[0]) if any(void_turns(x, has_answer(r"\\boxed")))}
     assert rate > 0 and found and {c["id"] for c in found} <= void and len(found) == min(5, sum(sum(void_turns(x, has_answer(r"\\boxed"))) for x in t._watch._last[0]))
-    plain = culprits("probe/void_rate", *t._watch._last, t._watch.probe.tokens, t._watch.end)
+    plain = find_culprits("probe/void_rate", *t._watch._last, t._watch.probe.tokens, t._watch.end)
     assert len(plain) < len(found)

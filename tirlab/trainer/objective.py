@@ -83,7 +83,7 @@ def _look(self: Objective, inputs):
     "What was heard of control tokens during a loss, as columns for the record; when the step is over, its signals are logged."
     mode = "train" if self.model.training else "eval"
     names, rows = zip(*(self._rolled[mode][i] for i in inputs["row"].tolist()))
-    columns = self._watch.hear(names, rows, *self._scores, inputs)
+    columns = self._watch.collect(names, rows, *self._scores, inputs)
     if mode == "eval" or (self._step + 1) % self.current_gradient_accumulation_steps == 0:   # as TRL tells the end of a step
         for name, value in self._watch.signals(gather_object).items(): self._metrics[mode][name].append(value)
     return columns
