@@ -63,7 +63,7 @@ def test_overview(tmp_path, monkeypatch):
     assert len(test.get("plotly_chart")) == 1
 
 
-@pytest.mark.parametrize("status, error, says", [("interrupted", None, "before it was done"), ("failed", "out of *memory*", r"out of \*memory\*")])
+@pytest.mark.parametrize("status, error, says", [("interrupted", None, "before it was finished"), ("failed", "out of *memory*", r"out of \*memory\*")])
 def test_runs_that_ended_early(tmp_path, monkeypatch, status, error, says):
     make_run(tmp_path / "run", steps=2, status=status, error=error)
     test = app(monkeypatch, tmp_path / "run")
