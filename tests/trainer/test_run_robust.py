@@ -26,7 +26,7 @@ from tirlab.cli.main import main
 from tirlab.plots.export import export_html
 from tirlab.traces.files import WriteError
 from tirlab.traces.recorder import Recorder
-from tirlab.traces.scored import write_scored
+from tirlab.traces.rows import write_scored
 from tirlab.traces.terminal import overview
 from tirlab.traces.run import RunError, RunWriter, open_run, trace_id
 from tirlab.core.trajectory import StopReason, Trajectory, Turn, TurnKind
