@@ -26,7 +26,8 @@ from tirlab.collapse.monitor import CollapseMonitor, Detectors, collapse_began
 from tirlab.collapse.interventions import Clamp
 from tirlab.traces.run import Run, open_run
 from tirlab.traces.imports import import_traces
-from tirlab.plots.figures import token_html, training_curves
+from tirlab.plots.figures import training_curves
+from tirlab.plots.token_html import token_html
 from tirlab.plots.export import export_dataset, export_html
 from tirlab.supervision.in_batch import AuxiliarySFT, Hints, OffPolicy
 from tirlab.supervision.demonstrations import demonstrate
