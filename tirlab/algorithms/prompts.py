@@ -158,7 +158,7 @@ class Replay:
         scores: list[float] = (),   # what each reward function gave it, to be handed back
     ):
         "Keep the rollout if it succeeded."
-        if not (trajectory.turns and trajectory.own and reward > self.threshold): return
+        if not (trajectory.turns and trajectory.on_policy and reward > self.threshold): return
         bare = replace(trajectory, turns=[replace(t, logprobs=None, results=[replace(r, value=None) for r in t.results]) for t in trajectory.turns])   # its scores are known
         self.kept.setdefault(task, deque(maxlen=self.size)).append((bare, float(reward), list(scores)))
 

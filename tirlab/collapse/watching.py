@@ -71,7 +71,7 @@ class Watch:
         heard, self._heard = self._heard, []
         if not self.probe: return {}
         rows, seen, answered = [t for _, part, _ in heard for t in part], joined([s for *_, s in heard]), has_answer(self.args.answer_pattern)
-        names, own = [n for names, *_ in heard for n in names], [i for i, t in enumerate(rows) if t.own]   # what was shown or told is not what the policy does
+        names, own = [n for names, *_ in heard for n in names], [i for i, t in enumerate(rows) if t.on_policy]   # what was shown or told is not what the policy does
         if len(own) < len(rows):
             rows, names = [rows[i] for i in own], [names[i] for i in own]
             seen = replace(seen, **{f.name: getattr(seen, f.name)[own] for f in fields(seen) if f.name != "tokens"})
