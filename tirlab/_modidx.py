@@ -493,6 +493,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'tirlab/core/families.py'),
                                       'tirlab.core.families._scan_lfm': ('00_core/families.html#_scan_lfm', 'tirlab/core/families.py'),
                                       'tirlab.core.families._scan_llama': ('00_core/families.html#_scan_llama', 'tirlab/core/families.py'),
+                                      'tirlab.core.families._write_gemma': ( '00_core/families.html#_write_gemma',
+                                                                             'tirlab/core/families.py'),
                                       'tirlab.core.families._write_glm': ('00_core/families.html#_write_glm', 'tirlab/core/families.py'),
                                       'tirlab.core.families._write_gptoss': ( '00_core/families.html#_write_gptoss',
                                                                               'tirlab/core/families.py'),

@@ -21,16 +21,21 @@ from .observations import reply_ids
 
 # %% ../../nbs/00_core/04_chat_templates.ipynb #4e2912d9
 _REFUSED = {
-    "backend": "{} is a tokenizer without a chat template attribute ({}), which is not supported; load its Hugging Face tokenizer (AutoTokenizer with tokenizer.json).",
+    "backend": "{} is a tokenizer without a chat template attribute ({}), which is not supported; load its Hugging Face tokenizer "
+               "(AutoTokenizer with tokenizer.json).",
     "template": "{} has no chat template; use its instruct version, or pass chat_template=.",
     "end": "{} has no end-of-turn token; set tokenizer.eos_token to what its chat template ends a turn with.",
-    "tools": "The chat template of {} cannot render tool calls and their answers; write them as text, e.g. call_format='json', or pass another chat_template=.",
+    "tools": "The chat template of {} cannot render tool calls and their answers; write them as text, e.g. call_format='json', "
+             "or pass another chat_template=.",
     "parser": "How {} writes calls is not known to TRL; set tokenizer.response_template, or write them as text, e.g. call_format='json'.",
-    "prefix": "The chat template of {} renders earlier turns anew when an answer follows, and TRL has no repair for it; pass a prefix-preserving one as chat_template=.",
+    "prefix": "The chat template of {} renders earlier turns anew when an answer follows, and TRL has no repair for it; "
+              "pass a prefix-preserving one as chat_template=.",
     "text": "The chat template of {} cannot render a conversation of plain text; pass another one as chat_template=.",
 }
 
-def _refuse(why, tokenizer): return ValueError(_REFUSED[why].format(getattr(tokenizer, "name_or_path", "") or "this tokenizer", type(tokenizer).__name__))
+def _refuse(why, tokenizer):
+    "The error for a tokenizer that cannot be used."
+    return ValueError(_REFUSED[why].format(getattr(tokenizer, "name_or_path", "") or "this tokenizer", type(tokenizer).__name__))
 
 def check_template(
     tokenizer: Any,   # of the policy
@@ -103,12 +108,14 @@ def prepare_tokenizer(
 ) -> tuple[Any, str | None]:            # tokenizer with a response template where one is known; template to render with, None for its own
     "Prepare a tokenizer as TRL's trainer would. Raises: ValueError, in one sentence, where it cannot be used with tools."
     if chat_template is not None and "{" not in chat_template:
-        raise ValueError(f"chat_template={chat_template[:80]!r} is no template; give its text, e.g. chat_template=Path({chat_template[:80]!r}).read_text().")
-    check_template(tokenizer if chat_template is None else _with(tokenizer, chat_template))
+        shown = chat_template[:80]
+        raise ValueError(f"chat_template={shown!r} is no template; give its text, e.g. chat_template=Path({shown!r}).read_text().")
+    used, replaced = (tokenizer, False) if chat_template is None else (_with(tokenizer, chat_template), True)
+    check_template(used)
     known, text = _PREPARED.setdefault(tokenizer, {}), call_format not in (None, "chat")
     key = (text, chat_template, str(tokenizer.chat_template), str(getattr(tokenizer, "response_template", None)), str(template_kwargs))
     if key not in known:
-        made, template = (_for_text if text else _for_chat)(tokenizer if chat_template is None else _with(tokenizer, chat_template), chat_template is not None, template_kwargs or {})
+        made, template = (_for_text if text else _for_chat)(used, replaced, template_kwargs or {})
         known[key] = None if made is tokenizer else made, template or chat_template   # a value that held its key would never be forgotten
     made, template = known[key]
     return made or tokenizer, template

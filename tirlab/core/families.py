@@ -16,7 +16,8 @@ from .trajectory import ToolCall
 
 # %% ../../nbs/00_core/02_families.ipynb #e194d6b9
 _GLM = ("<tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "</tool_call>")
-_HEAD, _ARGUMENT, _END = (re.compile(p, re.S) for p in (r"<tool_call>\s*([^\s<]+)", r"\s*<arg_key>([^<]+)</arg_key>\s*<arg_value>((?:(?!</?arg_).)*)</arg_value>", r"\s*</tool_call>"))
+_HEAD, _END = re.compile(r"<tool_call>\s*([^\s<]+)"), re.compile(r"\s*</tool_call>")
+_ARGUMENT = re.compile(r"\s*<arg_key>([^<]+)</arg_key>\s*<arg_value>((?:(?!</?arg_).)*)</arg_value>", re.S)
 
 def _match(pattern, text, at, problem):
     "The match of a pattern at a place. Raises: ValueError where it does not match."
@@ -86,7 +87,8 @@ def _scan_gptoss(text, tools):
     if stray(text[at:]): raise ValueError("a message to a tool is broken")
 
 def _write_gptoss(calls):
-    return "<|start|>assistant".join(f" to=functions.{c.name}<|channel|>commentary json<|message|>{json.dumps(c.arguments, ensure_ascii=False)}<|call|>" for c in calls)
+    arguments = lambda c: json.dumps(c.arguments, ensure_ascii=False)
+    return "<|start|>assistant".join(f" to=functions.{c.name}<|channel|>commentary json<|message|>{arguments(c)}<|call|>" for c in calls)
 
 GPTOSS = Syntax("gptoss", _write_gptoss, _scan_gptoss, signatures, markers=("<|channel|>", "<|message|>", "<|call|>"), stop_strings=())
 
@@ -109,8 +111,9 @@ def _scan_gemma(text, tools):
         yield match.start(), at, [ToolCall(match[1], call_arguments(arguments))]
     if any(m in text[at:] for m in tags): raise ValueError("a call is broken or unfinished")
 
-GEMMA = Syntax("gemma", lambda calls: "".join(f"<|tool_call>call:{c.name}{_gemma_value(c.arguments)}<tool_call|>" for c in calls), _scan_gemma, signatures,
-               markers=("<|tool_call>", "<tool_call|>"), stop_strings=("<tool_call|>",))
+def _write_gemma(calls): return "".join(f"<|tool_call>call:{c.name}{_gemma_value(c.arguments)}<tool_call|>" for c in calls)
+
+GEMMA = Syntax("gemma", _write_gemma, _scan_gemma, signatures, markers=("<|tool_call>", "<tool_call|>"), stop_strings=("<tool_call|>",))
 
 # %% ../../nbs/00_core/02_families.ipynb #4b589d56
 _LFM = re.compile(r"<\|tool_call_start\|>(.*?)<\|tool_call_end\|>", re.S)
@@ -158,7 +161,8 @@ LFM = Syntax("lfm", _write_lfm, _scan_lfm, signatures, markers=("<|tool_call_sta
 
 # %% ../../nbs/00_core/02_families.ipynb #3d146371
 FAMILIES = {s.name: s for s in (GLM, LLAMA, GPTOSS, GEMMA, LFM)}
-_SIGNS = {"<function=": "xml", "<arg_key>": "glm", "<|tool_call>call:": "gemma", "<|tool_call_start|>": "lfm", "<|channel|>commentary": "gptoss", '"parameters":': "llama"}
+_SIGNS = {"<function=": "xml", "<arg_key>": "glm", "<|tool_call>call:": "gemma", "<|tool_call_start|>": "lfm",
+          "<|channel|>commentary": "gptoss", '"parameters":': "llama"}
 
 def syntax_of(
     name: str,   # "json", "xml", "fenced" or "list"; or a family's: "glm", "llama", "gptoss", "gemma", "lfm"
@@ -186,7 +190,8 @@ def template_syntax(
     return next((name for sign, name in _SIGNS.items() if sign in text and (name != "llama" or "ipython" in text)), "json")
 
 # %% ../../nbs/00_core/02_families.ipynb #01683357
-_THINKING = {"gptoss": (r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>", r"<\|end\|>"), "gemma": (r"<\|channel>thought\n?", r"<channel\|>")}
+_THINKING = {"gptoss": (r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>", r"<\|end\|>"),
+             "gemma": (r"<\|channel>thought\n?", r"<channel\|>")}
 _TAGS = (r"<think>", r"</think>\s*")
 
 def thinking_tags(

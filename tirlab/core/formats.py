@@ -183,7 +183,7 @@ def _agreeing(message, calls, content, thoughts, last):
 # %% ../../nbs/00_core/05_formats.ipynb #f4b7da84
 @patch
 def parse(self: ChatFormat, ids: list[int], prefix: list[int]) -> tuple[dict, list[ToolCall], TurnKind]:
-    "Return a sampled turn as message, calls and structural state. A call that is unfinished, broken or part of a thought is left out."
+    "Return a sampled turn as message, calls and structural state. A call that is unfinished, broken or part of a thought does not run."
     whole, last = self._decoded(ids)
     text, thoughts = self._visible(whole, last, prefix)
     kind = visible_kind(text.split(self.tokenizer.eos_token)[0].strip(), self.syntax, bool(thoughts))
@@ -242,7 +242,8 @@ class TextFormat(Format):
     "A conversation in which calls are plain text, in a syntax of our choice."
 
     def _render(self, messages):
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, add_generation_prompt=True, return_dict=False, **self.template_kwargs)
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, add_generation_prompt=True, return_dict=False,
+                                                  **self.template_kwargs)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         "Return the prompt tokens of a conversation, description of the tools and assistant header included."
@@ -273,8 +274,9 @@ def make_format(
     template_kwargs: dict | None = None,   # further variables for the template
     end_tokens: list[int] | None = None,   # tokens that end a turn; None for the tokenizer's end-of-sequence token alone
 ) -> ChatFormat | TextFormat:
-    "Return the format of one conversation, its tokenizer prepared. Raises: ValueError for an unknown call format, or a tokenizer that cannot use tools."
-    if call_format not in (None, "chat", *SYNTAXES): raise ValueError(f"Unknown call format {call_format!r}; choose chat, the template's own, or one of {', '.join(SYNTAXES)}.")
+    "Return the format of one conversation. Raises: ValueError for an unknown call format, or a tokenizer that cannot use tools."
+    if call_format not in (None, "chat", *SYNTAXES):
+        raise ValueError(f"Unknown call format {call_format!r}; choose chat, the template's own, or one of {', '.join(SYNTAXES)}.")
     try: tokenizer, chat_template = prepare_tokenizer(tokenizer, call_format, chat_template, template_kwargs)
     except ValueError:
         if tools: raise

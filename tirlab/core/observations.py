@@ -19,8 +19,8 @@ def _common(a, b):
     "The length of the longest common prefix."
     return next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-_ANEW = ("The chat template renders earlier messages anew when an answer follows, so a rollout could not go on from its own tokens; pass a prefix-preserving "
-         "one: chat_template=trl.chat_template_utils.get_training_chat_template(tokenizer), or your own.")
+_ANEW = ("The chat template renders earlier messages anew when an answer follows, so a rollout could not go on from its own tokens; "
+         "pass a prefix-preserving one: chat_template=trl.chat_template_utils.get_training_chat_template(tokenizer), or your own.")
 
 def suffix_ids(
     render: Callable,       # (messages, whether a generation prompt follows) -> tokens
@@ -91,7 +91,7 @@ def observation_ids(
     end_tokens: list[int] | None = None,   # tokens that end a turn where the template does not use end-of-sequence
     **kwargs,                     # further variables for the template
 ) -> list[int]:                   # tokens between the model's turn and the start of its next
-    "Return the tokens that carry tool results back to the model, next assistant header included. Raises: ValueError where the template changes earlier tokens."
+    "Return the tokens that carry results to the model, next assistant header included. Raises: ValueError where earlier tokens would change."
     call = {"type": "function", "function": {"name": results[0].name, "arguments": {}}}
     before = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     after = before + [{"role": "tool", "name": r.name, "content": escape_control_tokens(r.content, tokenizer, chat_template)} for r in results]
@@ -108,4 +108,5 @@ def reply_ids(
 ) -> list[int]:                   # tokens between the model's turn and the start of its next
     "Return the tokens of the user's next message, next assistant header included. Raises: ValueError where the template changes earlier tokens."
     before = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "dummy"}]
-    return suffix_ids(renderer(tokenizer, chat_template, **kwargs), before, [*before, {"role": "user", "content": text}], tokenizer, end_tokens, ended)
+    after = [*before, {"role": "user", "content": text}]
+    return suffix_ids(renderer(tokenizer, chat_template, **kwargs), before, after, tokenizer, end_tokens, ended)

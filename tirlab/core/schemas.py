@@ -77,7 +77,8 @@ def tool_schemas(
     return [t if isinstance(t, dict) else schema(t) for t in tools]
 
 # %% ../../nbs/00_core/07_schemas.ipynb #d0de1328
-_KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", tuple: "array", dict: "object", type(None): "null", None: "null",
+_KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", tuple: "array", dict: "object",
+          type(None): "null", None: "null",
           collections.abc.Sequence: "array", collections.abc.Iterable: "array", collections.abc.Mapping: "object"}
 
 def _hinted(hint):
@@ -107,7 +108,8 @@ def _parameter(tool, key):
     return _hinted(_hint(tool, parameter))
 
 # %% ../../nbs/00_core/07_schemas.ipynb #55660a25
-_TYPES = {"null": type(None), "boolean": bool, "integer": int, "number": (int, float), "float": (int, float), "string": str, "array": list, "object": dict}
+_TYPES = {"null": type(None), "boolean": bool, "integer": int, "number": (int, float), "float": (int, float),
+          "string": str, "array": list, "object": dict}
 _NO_TEXT = (type(None), bool, int, float, list, dict)
 
 def _is(value, kind):
@@ -137,7 +139,7 @@ def _literal(text):
     return value
 
 def _typed(text, tool, key):
-    "A parameter's text as a value: the JSON or Python literal that its schema allows; text where the schema asks for it, is not known, or nothing fits."
+    "A parameter's text as a value: the JSON or Python literal that its schema allows, else the text itself."
     if tool is None: return text
     schema = _parameter(tool, key)
     typed = any(schema.get(k) is not None for k in ("type", "enum", "const", "anyOf", "oneOf"))

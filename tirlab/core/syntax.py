@@ -31,7 +31,7 @@ class Syntax:
     "One way to write tool calls as text."
     name: str                        # "json", "xml", "fenced" or "list"
     write: Callable[[list[ToolCall]], str]   # calls to text; `render` checks it
-    scan: Callable[[str, list | None], Iterator[tuple[int, int, list[ToolCall]]]]   # text and tools to (start, end, calls); raises ValueError where a call is broken
+    scan: Callable[[str, list | None], Iterator[tuple[int, int, list[ToolCall]]]]   # text, tools to (start, end, calls); raises ValueError
     usage: Callable[[list], str]     # tools to instructions for a model
     markers: tuple[str, ...]         # pieces of text that mark a call: the control tokens of this syntax
     stop_strings: tuple[str, ...]    # strings at which a call may end
@@ -98,7 +98,8 @@ def _write_json(calls):
 
 def _json_call(call):
     "A call as data. Raises: ValueError."
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str): raise ValueError('a call must name its function: {"name": ..., "arguments": {...}}')
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise ValueError('a call must name its function: {"name": ..., "arguments": {...}}')
     return ToolCall(call["name"], call_arguments(call.get("arguments", {})))
 
 def _scan_json(text, tools):
@@ -277,7 +278,8 @@ def _scan_list(text, tools):
     if re.search(r"\)\s*\]\s*$", text[at:]): raise Unfinished("a list of calls was never opened")   # with more text behind it, it may be prose
 
 # %% ../../nbs/00_core/01_syntax.ipynb #e3282fe1
-LIST = Syntax("list", lambda calls: f"[{', '.join(map(_python, calls))}]", _scan_list, _as("[name(argument=value)]"), markers=("[", ")]"), stop_strings=(")]",))
+LIST = Syntax("list", lambda calls: f"[{', '.join(map(_python, calls))}]", _scan_list, _as("[name(argument=value)]"),
+              markers=("[", ")]"), stop_strings=(")]",))
 
 # %% ../../nbs/00_core/01_syntax.ipynb #75902543
 SYNTAXES = {s.name: s for s in (JSON, XML, FENCED, LIST)}

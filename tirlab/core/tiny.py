@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")                        # hidden when decoding without special tokens
 CONTROL = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")   # kept, as in Qwen
 SYNTAX = ('\n{"name": "', '", "arguments": {"', '": "', '": ', '"}}\n', "}}\n", ', "', "system\n", "user\n", "assistant\n", "{'error': '", "'}",
-          "Call tools as", "<function=", "<parameter=", "</parameter>", "</function>", ">\n", "```python\n", "```tool_code\n", "\n```", "='", "', ", ")]")
+          "Call tools as", "<function=", "<parameter=", "</parameter>", "</function>", ">\n", "```python\n", "```tool_code\n", "\n```",
+          "='", "', ", ")]")
 
 # %% ../../nbs/00_core/06_tiny.ipynb #2e2fcd6b
 CHAT_TEMPLATE = r"""{%- if tools %}{{ '<|im_start|>system\n' }}
@@ -65,8 +66,9 @@ def tiny_model(
     torch.manual_seed(seed)
     heads = hidden_size // 32
     return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 # %% ../../nbs/00_core/06_tiny.ipynb #2d8a4bbb

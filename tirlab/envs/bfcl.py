@@ -14,7 +14,8 @@ from typing import Callable
 from datasets import Dataset
 
 # %% ../../nbs/15_envs/03_bfcl.ipynb #689e478e
-from .bfcl_data import BFCL_CATEGORIES, bfcl_entries, bfcl_entry, call_text, check_bfcl, documented, endless, function_names, one_at_a_time, fresh_apis, read_call, require_bfcl
+from .bfcl_data import BFCL_CATEGORIES, bfcl_entries, bfcl_entry, call_text, check_bfcl, documented, endless, function_names
+from .bfcl_data import fresh_apis, one_at_a_time, read_call, require_bfcl
 from ..core.trajectory import ToolCall
 
 # %% ../../nbs/15_envs/03_bfcl.ipynb #ba322128
@@ -32,14 +33,15 @@ def _row(entry, split, category):
     turns = [([json.dumps({"name": c.name, "arguments": c.arguments}) for c in (read_call(text, entry) for text in turn)], _DONE if turn else _CANNOT)
              for turn in entry["ground_truth"]]
     truth = [line for calls, said in turns for line in [*calls, json.dumps({"content": said})]]
-    return dict(prompt=[dict(role="user", content=question(entry, 0)[0])], answer=turns[-1][1], environment="bfcl", task_id=entry["id"], category=category, split=split,
-                requests=len(turns), ground_truth=truth[:-1])
+    return dict(prompt=[dict(role="user", content=question(entry, 0)[0])], answer=turns[-1][1], environment="bfcl",
+                task_id=entry["id"], category=category, split=split, requests=len(turns), ground_truth=truth[:-1])
 
 def bfcl_tasks(
     category: str | list[str] = "base",   # "base", "miss_func", "miss_param", "long_context", several of them, or "all"
     split: str = "test",                  # "train", "test" (100 each a category) or "all"
 ) -> Dataset:   # columns prompt, answer, environment, task_id, category, split, requests (user turns), ground_truth
-    "Return BFCL's multi-turn tasks. Raises: ValueError for an unknown category or split, or where it is not installed. Source: split of arXiv 2606.26027 (its repository: seed 42)."
+    """Return BFCL's multi-turn tasks. Raises: ValueError for an unknown category or split, or where it is not installed.
+    Source: split of arXiv 2606.26027 (its repository: seed 42)."""
     require_bfcl()
     if split not in ("train", "test", "all"): raise ValueError(f"Unknown split {split!r} of BFCL; choose train, test or all.")
     names = BFCL_CATEGORIES if category == "all" else [category] if isinstance(category, str) else category
@@ -90,8 +92,8 @@ class BFCLEnvironment:
         "Return the user's next message, and the functions that are described with it; None after the last one."
         self._turn += 1
         if self._turn >= len(self._entry["question"]): return None
-        said, names = question(self._entry, self._turn)
-        return said, [t for t in self._tools() if t.__name__ in names]
+        message, names = question(self._entry, self._turn)
+        return message, [t for t in self._tools() if t.__name__ in names]
 
 # %% ../../nbs/15_envs/03_bfcl.ipynb #4bfc1c44
 def bfcl_turns(

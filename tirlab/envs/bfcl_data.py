@@ -29,7 +29,8 @@ def require_bfcl() -> None:
     try: found = version("bfcl-eval")
     except PackageNotFoundError: found = "missing"
     if found == BFCL_VERSION: return
-    raise ValueError(f"BFCL {BFCL_VERSION} is needed and is {found}: pip install --no-deps bfcl-eval=={BFCL_VERSION}   (--no-deps, since its pins conflict with tirlab's)")
+    raise ValueError(f"BFCL {BFCL_VERSION} is needed and is {found}: pip install --no-deps bfcl-eval=={BFCL_VERSION}   "
+                     "(--no-deps, since its pins conflict with tirlab's)")
 
 # %% ../../nbs/15_envs/04_bfcl_data.ipynb #57472eb1
 def _bfcl(name):
@@ -79,7 +80,8 @@ def documented(
     "Return the functions of an API as prompts describe them."
     types = _bfcl("constants.type_mappings").GORILLA_TO_OPENAPI
     docs = _lines(f"multi_turn_func_doc/{_bfcl('constants.executable_backend_config').MULTI_TURN_FUNC_DOC_FILE_MAPPING[api]}")
-    return {d["name"]: {"type": "function", "function": {"name": d["name"], "description": d["description"], "parameters": _openapi(d["parameters"], types)}} for d in docs}
+    schema = lambda d: {"name": d["name"], "description": d["description"], "parameters": _openapi(d["parameters"], types)}
+    return {d["name"]: {"type": "function", "function": schema(d)} for d in docs}
 
 # %% ../../nbs/15_envs/04_bfcl_data.ipynb #0d9559ba
 def _class_of(api):
@@ -149,13 +151,17 @@ def check_bfcl(
     task_id: str,                   # which task
     turns: list[list[list[str]]],   # calls as text: those of each user turn, by model turn
 ) -> dict:                          # `valid`, and where it is false `error_type` and more
-    "Return the result of bfcl-eval's `multi_turn_checker`. Source: BFCL v3 (its multi-turn categories); reward 1 where valid: arXiv 2606.26027, its repository."
+    """Return the result of bfcl-eval's `multi_turn_checker`.
+    Source: BFCL v3 (its multi-turn categories); reward 1 where valid: arXiv 2606.26027, its repository."""
     entry, run = bfcl_entry(task_id), f"tirlab_{uuid.uuid4().hex}"
     if len(turns) != len(entry["ground_truth"]): return {"valid": False, "error_type": "multi_turn:force_terminated"}   # as its runner does
-    check, instances = _bfcl("eval_checker.multi_turn_eval.multi_turn_checker").multi_turn_checker, vars(_bfcl("eval_checker.multi_turn_eval.multi_turn_utils"))
+    check = _bfcl("eval_checker.multi_turn_eval.multi_turn_checker").multi_turn_checker
+    instances = vars(_bfcl("eval_checker.multi_turn_eval.multi_turn_utils"))
     with one_at_a_time():
-        for side in ("_eval", "_ground_truth_eval"): instances |= {f"{run}{side}_{task_id}_{name}_instance": api for name, api in fresh_apis(entry).items()}
+        for side in ("_eval", "_ground_truth_eval"):
+            instances |= {f"{run}{side}_{task_id}_{name}_instance": api for name, api in fresh_apis(entry).items()}
         try: return check([[step for step in t if step] for t in turns], entry["ground_truth"], entry, _category(task_id), run)
-        except Exception as e: return {"valid": False, "error_type": "checker_error", "error_message": repr(e)}   # a state that it cannot compare is not the right one
+        except Exception as e:   # a state that it cannot compare is not the right one
+            return {"valid": False, "error_type": "checker_error", "error_message": repr(e)}
         finally:
             for name in [n for n in list(instances) if run in n]: del instances[name]

@@ -89,7 +89,8 @@ def isolation_of(
     factories: list[Callable],   # environment classes; none where plain functions are all the tools
 ) -> str:                        # one line
     "Return the isolation that the model's code has in these environments: the default one, unless a `PythonEnvironment` has another."
-    levels = ["elsewhere: a backend runs the code" if getattr(f, "_backend", None) else sandbox_level(getattr(f, "_isolation", None)) for f in factories]
+    backend = "elsewhere: a backend runs the code"
+    levels = [backend if getattr(f, "_backend", None) else sandbox_level(getattr(f, "_isolation", None)) for f in factories]
     return "; ".join(dict.fromkeys(levels)) or sandbox_level()
 
 # %% ../../nbs/15_envs/00_environments.ipynb #76601b0a
@@ -147,7 +148,7 @@ def environment_tools(
     environment: object | None,                # instance with public methods, or None
     tools: list[Callable] | None = None,       # standalone functions
 ) -> dict[str, Callable]:                      # name -> callable
-    "Return the tools of one rollout by name: standalone functions and the environment's public methods, as TRL collects them, or the list of its `_tools`."
+    "Return a rollout's tools by name: standalone functions and the environment's public methods, as TRL collects them, or the list of its `_tools`."
     members = inspect.getmembers(type(environment), predicate=inspect.isfunction) if environment is not None else []
     methods = [getattr(environment, n) for n, _ in members if n not in ("reset", "get_reward") and not n.startswith("_")]
     own = environment._tools() if hasattr(environment, "_tools") else methods
@@ -180,16 +181,17 @@ def check_environment(
     environment_factory: Any,           # as for the trainer: class, callable, dict of them, or None
     columns: Any = None,                # names of the columns that `reset` will get; None where they are not known yet
 ) -> None:
-    "Check environments before training. Raises: ValueError, in one sentence, for an instance in place of a class, or where `reset` does not take the row."
+    "Check environments. Raises: ValueError, in one sentence, for an instance in place of a class, or where `reset` does not take the row."
     many = isinstance(environment_factory, dict)
     if many and columns is not None: columns = [c for c in columns if c != "environment"]   # TRL does not pass it on
     for factory in environment_factory.values() if many else filter(None, [environment_factory]):
         kind, name = isinstance(factory, type), type(factory).__name__
         if not kind and (hasattr(factory, "reset") or not callable(factory)):
-            raise ValueError(f"environment_factory is an instance of {name}; give the class itself, environment_factory={name}, or a function that makes one: "
-                             "every rollout needs an environment of its own.")
+            raise ValueError(f"environment_factory is an instance of {name}; give the class itself, environment_factory={name}, or a function "
+                             "that makes one: every rollout needs an environment of its own.")
         if inspect.iscoroutinefunction(getattr(factory, "reset", None)):
-            raise ValueError(f"`reset` of {getattr(factory, '__name__', name)} is a coroutine; write it with a plain `def`, and wait for nothing in it (tools and rewards may be async).")
+            raise ValueError(f"`reset` of {getattr(factory, '__name__', name)} is a coroutine; write it with a plain `def`, and wait for nothing "
+                             "in it (tools and rewards may be async).")
         if kind and not (many and columns is None): _check_reset(factory, factory, columns)   # a row of several may have no other column
 
 def _check_reset(kind, owner, columns):
@@ -226,10 +228,11 @@ def reset_failed(
     error: Exception,      # what it raised
 ) -> ValueError:           # to be raised
     "Return the error that says on which row a `reset` failed."
-    asked = row.get("prompt") or next(iter(row.values()), "")
-    text = str(asked[-1].get("content") if isinstance(asked, list) and isinstance(asked[-1], dict) else asked)
+    prompt = row.get("prompt") or next(iter(row.values()), "")
+    text = str(prompt[-1].get("content") if isinstance(prompt, list) and isinstance(prompt[-1], dict) else prompt)
     which = "a row" if number is None else f"row {number}"
-    return ValueError(f"reset of {type(environment).__name__} failed on {which} ({text[:60]}{'...' * (len(text) > 60)}): {type(error).__name__}: {error}")
+    shown = text[:60] + "..." * (len(text) > 60)
+    return ValueError(f"reset of {type(environment).__name__} failed on {which} ({shown}): {type(error).__name__}: {error}")
 
 # %% ../../nbs/15_envs/00_environments.ipynb #4b0c0aaf
 def check_tool(
@@ -238,10 +241,13 @@ def check_tool(
     "Check a tool before training. Raises: ValueError, in one sentence, where it lacks a type hint, a docstring or the description of an argument."
     from transformers.utils import get_json_schema
     from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
-    if not inspect.isroutine(tool): raise ValueError(f"The tool {tool!r} is not a plain function or method; write one with `def`, with type hints and a docstring.")
+    if not inspect.isroutine(tool):
+        raise ValueError(f"The tool {tool!r} is not a plain function or method; write one with `def`, with type hints and a docstring.")
     for name, p in inspect.signature(tool).parameters.items():
         if p.annotation is p.empty:
-            raise ValueError(f"Tool `{tool.__name__}`: argument `{name}` has no type hint; write e.g. `{name}: str`, so that the model can be told what to pass.")
+            raise ValueError(f"Tool `{tool.__name__}`: argument `{name}` has no type hint; write e.g. `{name}: str`, "
+                             "so that the model can be told what to pass.")
     try: get_json_schema(tool)
     except (DocstringParsingException, TypeHintParsingException) as e:
-        raise ValueError(f"Tool `{tool.__name__}` cannot be described to the model: {' '.join(str(e).split())}. Give it a docstring with an `Args:` section.") from None
+        raise ValueError(f"Tool `{tool.__name__}` cannot be described to the model: {' '.join(str(e).split())}. "
+                         "Give it a docstring with an `Args:` section.") from None

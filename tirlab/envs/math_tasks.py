@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 # %% ../../nbs/15_envs/02_math_tasks.ipynb #02c046bf
-_ASKED, _ANSWERS, _NAMES = ("problem", "question", "prompt", "input"), ("answer", "final_answer", "expected_answer", "solution"), ("id", "unique_id", "task")
+_PROBLEMS, _NAMES = ("problem", "question", "prompt", "input"), ("id", "unique_id", "task")
+_ANSWERS = ("answer", "final_answer", "expected_answer", "solution")
 
 def _field(row, names):
     "The first of these columns that is not empty, whatever its case."
@@ -60,18 +61,23 @@ def math_row(
     source: str = "problem",           # first part of its name, where the row has none
 ) -> dict:                             # prompt, answer, environment, task, level
     "Return a problem as a task. Raises: ValueError where it lacks its question or its answer."
-    asked, answer = _field(row, _ASKED), reference_answer(row)
-    if asked is None: raise ValueError(f"Row {number} has no problem: the columns {', '.join(_ASKED)} are missing or empty; it has {', '.join(map(str, row))}.")
-    if answer is None: raise ValueError(f"Row {number} has no answer: give one in a column answer, behind #### or in a \\boxed{{}} of its solution; or leave the row out.")
-    messages = list(asked) if isinstance(asked, (list, tuple)) else [{"role": "user", "content": str(asked)}]
+    problem, answer = _field(row, _PROBLEMS), reference_answer(row)
+    if problem is None:
+        raise ValueError(f"Row {number} has no problem: the columns {', '.join(_PROBLEMS)} are missing or empty; it has {', '.join(map(str, row))}.")
+    if answer is None:
+        raise ValueError(f"Row {number} has no answer: give one in a column answer, behind #### or in a \\boxed{{}} of its solution; "
+                         "or leave the row out.")
+    messages = list(problem) if isinstance(problem, (list, tuple)) else [{"role": "user", "content": str(problem)}]
     if instruction and messages[0]["role"] != "system": messages = [{"role": "system", "content": instruction}] + messages
     name, level = _field(row, _NAMES), _field(row, ("level", "difficulty"))
-    return dict(prompt=messages, answer=answer, environment="python", task=str(f"{source}/{number}" if name is None else name), level=None if level is None else str(level))
+    task = f"{source}/{number}" if name is None else str(name)
+    return dict(prompt=messages, answer=answer, environment="python", task=task, level=None if level is None else str(level))
 
 # %% ../../nbs/15_envs/02_math_tasks.ipynb #efca55ac
 BENCHMARKS = {   # name -> data set on the hub, its configuration, its split
-    "gsm8k": ("openai/gsm8k", "main", "test"), "math500": ("HuggingFaceH4/MATH-500", None, "test"), "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
-    "aime25": ("math-ai/aime25", None, "test"), "amc23": ("math-ai/amc23", None, "test"), "hmmt25": ("MathArena/hmmt_feb_2025", None, "train"),
+    "gsm8k": ("openai/gsm8k", "main", "test"), "math500": ("HuggingFaceH4/MATH-500", None, "test"), "amc23": ("math-ai/amc23", None, "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"), "aime25": ("math-ai/aime25", None, "test"),
+    "hmmt25": ("MathArena/hmmt_feb_2025", None, "train"),
 }
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 

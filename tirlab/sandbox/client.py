@@ -67,8 +67,8 @@ def _start(level: str, profile: str) -> _Server:
     if word == b"r": return server
     _stop(server)
     if lacking := missing(level):
-        raise IsolationError(f'isolation="{level}" is not supported here ({lacking}). Use a weaker level (isolation="process", or TIRLAB_ISOLATION=process '
-                             "in the environment) only in a container or virtual machine that holds nothing of value.")
+        raise IsolationError(f'isolation="{level}" is not supported here ({lacking}). Use a weaker level (isolation="process", or '
+                             "TIRLAB_ISOLATION=process in the environment) only in a container or virtual machine that holds nothing of value.")
     raise IsolationError(f"the sandbox's fork server did not start: {word.decode('utf-8', 'replace') or 'it ended without a message'}")
 
 # %% ../../nbs/10_sandbox/04_client.ipynb #16ab762a
@@ -182,7 +182,7 @@ def _collect(channel: _Channel, limits: Limits, turn: bool = False) -> Facts:
             facts.stop, deadline = Status.TIMEOUT if late else Status.FLOOD, time.monotonic() + _PATIENCE
             channel.control.shutdown(socket.SHUT_WR)
     while _read(channel.out, facts.out, flood): pass
-    while (facts.began is None or not facts.report) and (message := _receive(channel.reports)): add_report(facts, message)   # what is still in the queue
+    while (facts.began is None or not facts.report) and (message := _receive(channel.reports)): add_report(facts, message)   # still queued
     facts.seconds = time.monotonic() - (facts.began or now)
     return facts
 

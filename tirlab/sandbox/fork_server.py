@@ -81,7 +81,7 @@ def become_child(
 def parse(
     request: bytes,   # "mode cpu memory file disk files threads"
 ) -> list:
-    "Return a request's mode and limits. Code alone is `code`, with input and files `program`, a conversation `stay`. Raises: ValueError for any other."
+    "Return a request's mode (`code`, `program` with input and files, `stay` for a conversation) and limits. Raises: ValueError for any other."
     mode, *limits = request.decode().split()
     if mode not in ("code", "program", "stay") or len(limits) != 6: raise ValueError(mode)
     limits = [int(word) for word in limits]
@@ -161,7 +161,7 @@ def prepare(
     profile: str,   # what to preload
 ) -> Locks:
     "Import the profile and make the locks. Raises: OSError where the machine lacks a mechanism that the level needs."
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f: f.write("1000")   # where memory runs out, executions are killed first
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f: f.write("1000")   # out of memory, executions die first
     if level == "namespaced": enter_namespaces()
     sys.argv.clear()
     if (ours := os.environ.pop("PYTHONPATH", None)) in sys.path: sys.path.remove(ours)   # where this module came from

@@ -218,7 +218,7 @@ def drop_capabilities():
 _USER, _PRIVATE = 0x10000000, 0x20000000 | 0x20000 | 0x40000000 | 0x08000000 | 0x04000000   # processes, mounts, network, IPC, host name
 
 def enter_namespaces():
-    "Continue in a new process, the first one of new namespaces; the old process waits for it and ends with its exit code. Raises: OSError where refused."
+    "Continue in the first process of new namespaces; the old one waits for it and ends with its exit code. Raises: OSError where refused."
     uid, gid = os.geteuid(), os.getegid()
     if _LIBC.unshare(_PRIVATE) == -1:
         _call("namespaces", _LIBC.unshare, _USER | _PRIVATE)

@@ -190,7 +190,8 @@ def answer_request(
     common, late = dict(compile_result=None, executor_pod_name=None, files={}), run.status is Status.TIMEOUT
     if run.status is Status.LOST: return dict(status="SandboxError", message=run.error, run_result=None, **common)
     result = dict(status="TimeLimitExceeded" if late else "Finished", execution_time=run.seconds,
-                  return_code=None if late else int(run.status is not Status.OK), stdout=run.stdout, stderr=run.error, answer=run.answer, execution_status=run.status.value)
+                  return_code=None if late else int(run.status is not Status.OK), stdout=run.stdout, stderr=run.error, answer=run.answer,
+                  execution_status=run.status.value)
     return dict(status="Success" if run.status is Status.OK else "Failed", message="", run_result=result, **common)
 
 # %% ../../nbs/10_sandbox/06_remote.ipynb #daddfd09
@@ -255,8 +256,8 @@ def sandbox_server(
     token: str | None = None,       # that clients must send; None for TIRLAB_SANDBOX_TOKEN
     isolation: str | None = None,   # level, as in `run_python`
 ) -> http.server.ThreadingHTTPServer:   # `serve_forever()` serves
-    """Return a server of SandboxFusion's `/run_code`. Raises: ValueError for a number that is not a port, and without a token on an address that other
-    machines reach; OSError where the machine does not support the level, or the port is in use."""
+    """Return a server of SandboxFusion's `/run_code`. Raises: ValueError for a number that is not a port, and without a token on an address that
+    other machines reach; OSError where the machine does not support the level, or the port is in use."""
     token = token or os.environ.get("TIRLAB_SANDBOX_TOKEN")
     try: local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError: local = False
@@ -264,6 +265,8 @@ def sandbox_server(
     if lacking := missing(isolation_level(isolation)): raise IsolationError(f"{isolation_level(isolation)} is not supported here ({lacking})")
     if type(port) is not int or not 0 <= port <= 65535: raise ValueError(f"port={port!r} is not a whole number from 1 to 65535, or 0 for a free one.")
     try: server = _Server((host, port), _Handler)
-    except OSError as e: raise OSError(f"Nobody can listen on {host}, port {port} ({e.strerror or e}); choose another port, 0 for a free one, or another address.") from None
+    except OSError as e:
+        raise OSError(f"Nobody can listen on {host}, port {port} ({e.strerror or e}); choose another port, 0 for a free one, "
+                      "or another address.") from None
     server.token, server.isolation, server.level = token, isolation, sandbox_level(isolation)
     return server
