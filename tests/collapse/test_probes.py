@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tirlab.all import RolloutLimits, Sampling, TIRConfig, TIRTrainer, answer_reward, evaluate, make_tasks, tiny_policy
 from tirlab.collapse.control_signals import merge_signals, step_signals, token_roles
-from tirlab.core.formats import control_ids
+from tirlab.core.turns import control_ids
 from tirlab.collapse.probes import ControlProbe, Probed, ProbeError, concat_probed, control_logprobs, read_probed, single_tokens, surprise
 from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.core.trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn, TurnKind

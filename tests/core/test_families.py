@@ -16,8 +16,9 @@ from tirlab.rollout.drift import drift_check
 from tirlab.rollout.engines import BatchEngine, Sampled
 from tirlab.eval.evaluate import evaluate
 from tirlab.core.families import FAMILIES, syntax_of, thought_spans, without_thoughts
-from tirlab.core.formats import make_format, turn_kind
+from tirlab.core.formats import make_format
 from tirlab.core.observations import control_tokens
+from tirlab.core.turns import turn_kind
 from tirlab.trainer.trainer import TIRTrainer
 from tirlab.core.trajectory import StopReason, ToolCall, ToolResult, TurnKind
 

@@ -16,11 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from tirlab.rollout.calls import RolloutLimits
 from tirlab.rollout.engines import Sampled, cut
 from tirlab.rollout.loop import rollout
-from tirlab.core.formats import ChatFormat, TextFormat, control_ids, make_format, observation_ids, render_call, template_syntax, turn_kind
+from tirlab.core.families import template_syntax
+from tirlab.core.formats import ChatFormat, TextFormat, make_format, render_call
+from tirlab.core.observations import observation_ids
 from tirlab.core.syntax import SYNTAXES
 from tirlab.envs.tasks import make_tasks
 from tirlab.core.tiny import tiny_tokenizer
 from tirlab.core.trajectory import StopReason, ToolCall, ToolResult, TurnKind
+from tirlab.core.turns import control_ids, turn_kind
 from tirlab.recipes.warmup import demonstrations
 
 TOK = tiny_tokenizer()
@@ -233,18 +236,18 @@ HISTORY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content
 
 @pytest.mark.parametrize("name", SYNTAXES)
 def test_text_formats_need_no_tool_roles(name):
-    format = TextFormat(name, TOK, [find])
+    format = TextFormat(TOK, [find], syntax=name)
     text = TOK.decode(format.prompt(HISTORY))
     assert text.startswith(f"<|im_start|>system\nBe brief.\n\n{SYNTAXES[name].describe([find])}<|im_end|>\n")
     assert f"<|im_start|>assistant\nI look.\n{render_call(ToolCall('find', {'name': 'rab', 'box': 42}), name)}<|im_end|>\n" in text
     told = "<tool_response>\nk17\n</tool_response>\n<tool_response>\nk18\n</tool_response>"
     assert text.endswith(f"<|im_start|>user\n{told}<|im_end|>\n<|im_start|>assistant\n")
-    assert "system" not in TOK.decode(TextFormat(name, TOK).prompt(HISTORY[1:2]))
+    assert "system" not in TOK.decode(TextFormat(TOK, syntax=name).prompt(HISTORY[1:2]))
 
 
 @pytest.mark.parametrize("name", SYNTAXES)
 def test_a_template_without_a_system_role_tells_the_user(name):
-    format = TextFormat(name, TOK, [find], (TEMPLATES / "gemma.jinja").read_text())
+    format = TextFormat(TOK, [find], syntax=name, chat_template=(TEMPLATES / "gemma.jinja").read_text())
     text = TOK.decode(format.prompt(HISTORY[:2]))
     assert f"<start_of_turn>user\nBe brief.\n\n{SYNTAXES[name].describe([find])}\n\nBox 42 of rab?<end_of_turn>" in text
     assert "k17" in TOK.decode(format.observe([ToolResult("find", "k17")]))
@@ -273,7 +276,7 @@ def test_a_template_that_changes_the_past_is_an_error_that_names_the_fix(name):
     with pytest.raises(ValueError, match="chat_template="):
         make_format(name, TOK, [find], template)
     with pytest.raises(ValueError, match="chat_template="):
-        TextFormat("json", TOK, [find], template).observe([ToolResult("find", "k17")])
+        TextFormat(TOK, [find], template).observe([ToolResult("find", "k17")])
 
 
 def test_a_template_without_an_end_token_gets_what_ends_its_turns():

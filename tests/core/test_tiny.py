@@ -14,8 +14,9 @@ from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_re
 
 from tirlab.envs.environments import environment_tools
 from tirlab.eval.evaluate import evaluate
-from tirlab.core.formats import ChatFormat, control_ids, parse_message, turn_kind
+from tirlab.core.formats import ChatFormat
 from tirlab.core.syntax import SYNTAXES
+from tirlab.core.turns import control_ids, parse_message, turn_kind
 from tirlab.envs.tasks import ENVIRONMENTS, FAMILIES, make_tasks, split_of
 from tirlab.core.tiny import tiny_policy, tiny_tokenizer
 from tirlab.core.trajectory import TurnKind

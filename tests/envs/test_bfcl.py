@@ -18,7 +18,8 @@ from tirlab.rollout.calls import RolloutLimits
 from tirlab.supervision.demonstrations import Scripted, is_whole
 from tirlab.rollout.engines import Sampling
 from tirlab.eval.evaluate import evaluate
-from tirlab.core.formats import make_format, tool_schemas
+from tirlab.core.formats import make_format
+from tirlab.core.schemas import tool_schemas
 from tirlab.rollout.loop import open_row, rollouts
 from tirlab.core.tiny import tiny_tokenizer
 from tirlab.core.trajectory import StopReason, ToolCall, ToolError

@@ -468,10 +468,10 @@ def test_sandbox_serve_wants_a_token_for_other_machines(capsys, monkeypatch):
 
 
 def test_levels_are_never_silent(monkeypatch):
-    with pytest.raises(ValueError, match="there is process, locked, namespaced"): run_python("1", isolation="jail")
+    with pytest.raises(ValueError, match="process, locked, namespaced"): run_python("1", isolation="jail")
     broken = {**sandbox.probe(), "landlock": "this kernel has none"}
     monkeypatch.setattr(sandbox, "probe", lambda: broken)
-    assert sandbox.sandbox_level("locked").startswith("none: locked is asked for, and not to be had here (landlock: this kernel has none)")
+    assert sandbox.sandbox_level("locked").startswith("none: locked is not supported here (landlock: this kernel has none)")
     assert sandbox.sandbox_level("process").startswith("process:")
     monkeypatch.setattr(sandbox, "_spawn", lambda *a: subprocess.Popen(["false"]))
-    with pytest.raises(sandbox.IsolationError, match='"locked" is not to be had here .*landlock.*TIRLAB_ISOLATION'): sandbox._start("locked", "bare")
+    with pytest.raises(sandbox.IsolationError, match='"locked".*landlock.*TIRLAB_ISOLATION'): sandbox._start("locked", "bare")

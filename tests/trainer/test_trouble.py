@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, answer_reward, make_tasks, open_run, tiny_policy
 from tirlab.rollout.calls import RolloutLimits, abandoned_tools, run_call
 from tirlab.rollout.engines import EngineError, GenerateEngine, Sampled, Sampling, generate, noise_seed
-from tirlab.core.formats import tool_schemas
+from tirlab.core.schemas import tool_schemas
 from tirlab.trainer.engine_setup import Canary
 from tirlab.core.trajectory import ToolCall, ToolError
 

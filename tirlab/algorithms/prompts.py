@@ -157,7 +157,7 @@ class Replay:
         scores: list[float] = (),   # score of each reward function, returned with a replacement
     ):
         "Keep the rollout if it is on-policy and succeeded."
-        if not (trajectory.turns and trajectory.own and reward > self.threshold): return
+        if not (trajectory.turns and trajectory.on_policy and reward > self.threshold): return
         bare = replace(trajectory, turns=[replace(t, logprobs=None, results=[replace(r, value=None) for r in t.results]) for t in trajectory.turns])   # its scores are known
         self.kept.setdefault(task, deque(maxlen=self.size)).append((bare, float(reward), list(scores)))
 

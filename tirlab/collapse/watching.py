@@ -68,7 +68,7 @@ class Watch:
 # %% ../../nbs/40_collapse/04_watching.ipynb #dd4f0daf
 def _on_policy(names, rows, seen):
     "Return the rows that the policy sampled by itself."
-    own = [i for i, t in enumerate(rows) if t.own]
+    own = [i for i, t in enumerate(rows) if t.on_policy]
     if len(own) == len(rows): return names, rows, seen
     kept = replace(seen, **{f.name: getattr(seen, f.name)[own] for f in fields(seen) if f.name != "tokens"})
     return [names[i] for i in own], [rows[i] for i in own], kept

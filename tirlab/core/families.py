@@ -10,15 +10,17 @@ __all__ = ['GLM', 'LLAMA', 'GPTOSS', 'GEMMA', 'LFM', 'FAMILIES', 'CALL_TAGS', 's
 import json, re
 
 # %% ../../nbs/00_core/02_families.ipynb #9173d92e
-from .syntax import SYNTAXES, Syntax, Unfinished, _decoded, _name, _plain, _python_calls, _typed, call_arguments, signatures
+from .schemas import _name, _plain, _typed, signatures
+from .syntax import SYNTAXES, Syntax, Unfinished, _decoded, _python_calls, call_arguments
 from .trajectory import ToolCall
 
 # %% ../../nbs/00_core/02_families.ipynb #e194d6b9
 _GLM = ("<tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "</tool_call>")
-_HEAD, _ARGUMENT, _END = (re.compile(p, re.S) for p in (r"<tool_call>\s*([^\s<]+)", r"\s*<arg_key>([^<]+)</arg_key>\s*<arg_value>((?:(?!</?arg_).)*)</arg_value>", r"\s*</tool_call>"))
+_HEAD, _END = re.compile(r"<tool_call>\s*([^\s<]+)"), re.compile(r"\s*</tool_call>")
+_ARGUMENT = re.compile(r"\s*<arg_key>([^<]+)</arg_key>\s*<arg_value>((?:(?!</?arg_).)*)</arg_value>", re.S)
 
 def _match(pattern, text, at, problem):
-    "What a pattern matches at a place. Raises: ValueError where it does not."
+    "The match of a pattern at a place. Raises: ValueError where it does not match."
     if not (match := pattern.match(text, at)): raise ValueError(problem)
     return match
 
@@ -85,7 +87,8 @@ def _scan_gptoss(text, tools):
     if stray(text[at:]): raise ValueError("a message to a tool is broken")
 
 def _write_gptoss(calls):
-    return "<|start|>assistant".join(f" to=functions.{c.name}<|channel|>commentary json<|message|>{json.dumps(c.arguments, ensure_ascii=False)}<|call|>" for c in calls)
+    arguments = lambda c: json.dumps(c.arguments, ensure_ascii=False)
+    return "<|start|>assistant".join(f" to=functions.{c.name}<|channel|>commentary json<|message|>{arguments(c)}<|call|>" for c in calls)
 
 GPTOSS = Syntax("gptoss", _write_gptoss, _scan_gptoss, signatures, markers=("<|channel|>", "<|message|>", "<|call|>"), stop_strings=())
 
@@ -108,8 +111,9 @@ def _scan_gemma(text, tools):
         yield match.start(), at, [ToolCall(match[1], call_arguments(arguments))]
     if any(m in text[at:] for m in tags): raise ValueError("a call is broken or unfinished")
 
-GEMMA = Syntax("gemma", lambda calls: "".join(f"<|tool_call>call:{c.name}{_gemma_value(c.arguments)}<tool_call|>" for c in calls), _scan_gemma, signatures,
-               markers=("<|tool_call>", "<tool_call|>"), stop_strings=("<tool_call|>",))
+def _write_gemma(calls): return "".join(f"<|tool_call>call:{c.name}{_gemma_value(c.arguments)}<tool_call|>" for c in calls)
+
+GEMMA = Syntax("gemma", _write_gemma, _scan_gemma, signatures, markers=("<|tool_call>", "<tool_call|>"), stop_strings=("<tool_call|>",))
 
 # %% ../../nbs/00_core/02_families.ipynb #4b589d56
 _LFM = re.compile(r"<\|tool_call_start\|>(.*?)<\|tool_call_end\|>", re.S)
@@ -157,7 +161,8 @@ LFM = Syntax("lfm", _write_lfm, _scan_lfm, signatures, markers=("<|tool_call_sta
 
 # %% ../../nbs/00_core/02_families.ipynb #3d146371
 FAMILIES = {s.name: s for s in (GLM, LLAMA, GPTOSS, GEMMA, LFM)}
-_SIGNS = {"<function=": "xml", "<arg_key>": "glm", "<|tool_call>call:": "gemma", "<|tool_call_start|>": "lfm", "<|channel|>commentary": "gptoss", '"parameters":': "llama"}
+_SIGNS = {"<function=": "xml", "<arg_key>": "glm", "<|tool_call>call:": "gemma", "<|tool_call_start|>": "lfm",
+          "<|channel|>commentary": "gptoss", '"parameters":': "llama"}
 
 def syntax_of(
     name: str,   # "json", "xml", "fenced" or "list"; or a family's: "glm", "llama", "gptoss", "gemma", "lfm"
@@ -169,7 +174,7 @@ def syntax_of(
 
 def family_of(
     response_template: dict | None,   # of a tokenizer, as transformers knows it
-) -> str | None:                      # name of a syntax; None where it writes calls in a way of its own
+) -> str | None:                      # name of a syntax; None where none of ours reads it
     "Return the syntax in which a response template reads calls."
     if not (field := (response_template or {}).get("fields", {}).get("tool_calls")): return None
     opens = str(field.get("open", field.get("open_pattern"))).replace("\\", "")
@@ -180,21 +185,23 @@ def family_of(
 def template_syntax(
     template: str | dict | None,   # chat template, or several by name
 ) -> str:                          # name of a syntax
-    "Return how a chat template writes calls, as far as its text shows; `json` where it shows nothing."
+    "Return the syntax in which a chat template writes calls, judged by its text; `json` where that tells nothing."
     text = str(template or "")
     return next((name for sign, name in _SIGNS.items() if sign in text and (name != "llama" or "ipython" in text)), "json")
 
 # %% ../../nbs/00_core/02_families.ipynb #01683357
-_THINKING = {"gptoss": (r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>", r"<\|end\|>"), "gemma": (r"<\|channel>thought\n?", r"<channel\|>")}
+_THINKING = {"gptoss": (r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>", r"<\|end\|>"),
+             "gemma": (r"<\|channel>thought\n?", r"<channel\|>")}
 _TAGS = (r"<think>", r"</think>\s*")
 
 def thinking_tags(
     syntax: str,   # name of a syntax
-) -> tuple[re.Pattern, re.Pattern]:   # what opens and what closes a thought
-    "Return how a family marks its thoughts: `<think>` and `</think>` but for gpt-oss and Gemma."
+) -> tuple[re.Pattern, re.Pattern]:   # opening and closing tag
+    "Return the tags of a family's thoughts: `<think>` and `</think>` but for gpt-oss and Gemma."
     return tuple(map(re.compile, _THINKING.get(syntax, _TAGS)))
 
 def _left_open(text, syntax):
+    "Whether a text ends within a call."
     try: syntax.parse(text)
     except ValueError: return True
     return False
@@ -202,11 +209,11 @@ def _left_open(text, syntax):
 # %% ../../nbs/00_core/02_families.ipynb #62742381
 def thought_spans(
     text: str,             # a turn
-    syntax: Syntax,        # how calls are written in it
-    family: str,           # whose thoughts they are, see `thinking_tags`
+    syntax: Syntax | None,   # how calls are written in it; None where nothing is a call
+    family: str,           # how its thoughts are marked, see `thinking_tags`
     opened: bool = False,  # whether the prompt opened a thought
 ) -> list[tuple[int, int, str]]:   # begin, end and words of each, tags included in the span
-    "Return where a turn thinks."
+    "Return the thoughts of a turn."
     begin, end = thinking_tags(family)
     spans, at, visible = [], 0, ""
     def close(start, inside):
@@ -216,26 +223,36 @@ def thought_spans(
     if opened: at = close(0, 0)
     look = at
     while match := begin.search(text, look):
-        if _left_open(visible + text[at:match.start()], syntax): look = match.end(); continue
+        if syntax and _left_open(visible + text[at:match.start()], syntax): look = match.end(); continue
         visible += text[at:match.start()]
         at = look = close(match.start(), match.end())
     return spans
 
+def _marked_spans(text):
+    "Thoughts in a text that holds no calls, as their tags mark them. Where a tag closes a thought that none has opened, all before it is one."
+    spans, end = thought_spans(text, None, "json"), thinking_tags("json")[1]
+    closes = [m.end() for m in end.finditer(without_thoughts(text, spans, " "))]
+    return [(0, closes[-1], ""), *(s for s in spans if s[0] >= closes[-1])] if closes else spans
+
 def without_thoughts(
     text: str,     # a turn
-    spans: list[tuple[int, int, str]],   # from `thought_spans`
+    spans: list[tuple[int, int, str]] | None = None,   # from `thought_spans`; None for a text in which nothing is a call
     fill: str = "",   # what takes the place of each character
 ) -> str:
     "Return a turn without its thoughts; filled with spaces, all that is left keeps its place."
-    for start, end, _ in reversed(spans): text = text[:start] + fill * (end - start) + text[end:]
-    return text
+    if spans is None: spans = _marked_spans(text)
+    at, kept = 0, []
+    for start, end, _ in spans:
+        kept += [text[at:start], fill * (end - start)]
+        at = end
+    return "".join([*kept, text[at:]])
 
-# %% ../../nbs/00_core/02_families.ipynb #f4ef6c8c
+# %% ../../nbs/00_core/02_families.ipynb #0a46598f
 CALL_TAGS = (SYNTAXES["json"].markers, GEMMA.markers, LFM.markers)   # tokens that open and close a call; GLM and XML share the first pair
 
 def call_tags(
     tokens: dict[str, int],       # token -> id
-) -> dict[str, int]:              # the pair that opens and closes calls; empty where they are not among them
-    "Return the tokens between which calls stand."
+) -> dict[str, int]:              # the pair, token -> id; empty where the vocabulary has none
+    "Return the pair of tokens that stands around calls."
     pair = next((p for p in CALL_TAGS if all(t in tokens for t in p)), ())
     return {t: tokens[t] for t in pair}

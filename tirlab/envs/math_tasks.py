@@ -15,27 +15,29 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 # %% ../../nbs/15_envs/02_math_tasks.ipynb #02c046bf
-_ASKED, _ANSWERS, _NAMES = ("problem", "question", "prompt", "input"), ("answer", "final_answer", "expected_answer", "solution"), ("id", "unique_id", "task")
+_PROBLEMS, _NAMES = ("problem", "question", "prompt", "input"), ("id", "unique_id", "task")
+_ANSWERS = ("answer", "final_answer", "expected_answer", "solution")
 
 def _field(row, names):
-    "The first of these columns that says something, whatever its case."
+    "The first of these columns that is not empty, whatever its case."
     named = {str(k).lower(): v for k, v in row.items()}
     return next((named[n] for n in names if named.get(n) not in (None, "", [])), None)
 
+# %% ../../nbs/15_envs/02_math_tasks.ipynb #e40c4cee
 def boxed(
     text: str,     # a solution, or a message
 ) -> str | None:   # content of its last \boxed{}, braces balanced; None where there is none
-    "The last boxed expression."
+    "Return the last boxed expression of a text."
     start, depth = text.rfind("\\boxed{"), 0
     for i in range(start + 6, len(text) if start >= 0 else 0):
         depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0: return text[start + 7:i]
 
-# %% ../../nbs/15_envs/02_math_tasks.ipynb #e40c4cee
+# %% ../../nbs/15_envs/02_math_tasks.ipynb #28f73f79
 def reference_answer(
     row: dict[str, Any],   # a row of some data set of problems
 ) -> str | None:           # its answer; None where it has none
-    "The right answer in a row: behind `####`, in the last box, or as it stands."
+    "Return the right answer of a row: behind `####`, in the last box, or the whole text."
     truth = row.get("reward_model")
     found = truth.get("ground_truth") if isinstance(truth, dict) else _field(row, _ANSWERS)
     while isinstance(found, (list, tuple)) and found: found = found[0]
@@ -45,7 +47,7 @@ def reference_answer(
     if isinstance(found, float): text = re.sub(r"(?<=\d)\.0*$", "", text)   # 27.0, however long
     if "####" in text: text = text.rpartition("####")[2].strip()
     elif (box := boxed(text)) is not None: text = box
-    elif _field(row, ("solution",)) == found: return None   # a solution that does not say which of its numbers is the answer
+    elif _field(row, ("solution",)) == found: return None   # a solution in which nothing marks the answer
     text = text.strip("$ ")
     return (re.sub(r"(?<=\d),(?=\d{3}\b)", "", text) if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text) else text) or None
 
@@ -54,27 +56,32 @@ BOXED = "Solve the problem step by step; you may run Python. Put your final answ
 
 def math_row(
     row: dict[str, Any],               # a row of some data set of problems
-    number: int = 0,                   # where it stands, for its name and for errors
+    number: int = 0,                   # of the row, for its name and for errors
     instruction: str | None = BOXED,   # system message; None for none
-    source: str = "problem",           # first part of its name, where it has none
+    source: str = "problem",           # first part of its name, where the row has none
 ) -> dict:                             # prompt, answer, environment, task, level
-    "A problem as a task. Raises: ValueError where it lacks its question or its answer."
-    asked, answer = _field(row, _ASKED), reference_answer(row)
-    if asked is None: raise ValueError(f"Row {number} has no problem: none of the columns {', '.join(_ASKED)} says anything; it has {', '.join(map(str, row))}.")
-    if answer is None: raise ValueError(f"Row {number} has no answer: give one in a column answer, behind #### or in a \\boxed{{}} of its solution; or leave the row out.")
-    messages = list(asked) if isinstance(asked, (list, tuple)) else [{"role": "user", "content": str(asked)}]
+    "Return a problem as a task. Raises: ValueError where it lacks its question or its answer."
+    problem, answer = _field(row, _PROBLEMS), reference_answer(row)
+    if problem is None:
+        raise ValueError(f"Row {number} has no problem: the columns {', '.join(_PROBLEMS)} are missing or empty; it has {', '.join(map(str, row))}.")
+    if answer is None:
+        raise ValueError(f"Row {number} has no answer: give one in a column answer, behind #### or in a \\boxed{{}} of its solution; "
+                         "or leave the row out.")
+    messages = list(problem) if isinstance(problem, (list, tuple)) else [{"role": "user", "content": str(problem)}]
     if instruction and messages[0]["role"] != "system": messages = [{"role": "system", "content": instruction}] + messages
     name, level = _field(row, _NAMES), _field(row, ("level", "difficulty"))
-    return dict(prompt=messages, answer=answer, environment="python", task=str(f"{source}/{number}" if name is None else name), level=None if level is None else str(level))
+    task = f"{source}/{number}" if name is None else str(name)
+    return dict(prompt=messages, answer=answer, environment="python", task=task, level=None if level is None else str(level))
 
 # %% ../../nbs/15_envs/02_math_tasks.ipynb #efca55ac
 BENCHMARKS = {   # name -> data set on the hub, its configuration, its split
-    "gsm8k": ("openai/gsm8k", "main", "test"), "math500": ("HuggingFaceH4/MATH-500", None, "test"), "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
-    "aime25": ("math-ai/aime25", None, "test"), "amc23": ("math-ai/amc23", None, "test"), "hmmt25": ("MathArena/hmmt_feb_2025", None, "train"),
+    "gsm8k": ("openai/gsm8k", "main", "test"), "math500": ("HuggingFaceH4/MATH-500", None, "test"), "amc23": ("math-ai/amc23", None, "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"), "aime25": ("math-ai/aime25", None, "test"),
+    "hmmt25": ("MathArena/hmmt_feb_2025", None, "train"),
 }
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
-class _Spelt(float):
+class _Written(float):
     "A number of a JSON file that is printed as it is written there."
     def __new__(cls, text): return super().__new__(cls, text)
     def __init__(self, text): self.text = text
@@ -85,12 +92,13 @@ def _csv(path):
     import pandas as pd
     return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records")
 
+# %% ../../nbs/15_envs/02_math_tasks.ipynb #6805a304
 def _from_file(path):
-    "Rows of a local file, as they stand there."
+    "Rows of a local file, as they are written there."
     if not path.is_file(): raise ValueError(f"There is no file {path}; give one with {', '.join(SUFFIXES)}.")
     if path.suffix == ".jsonl": return _json_lines(path)
     if path.suffix == ".json":
-        try: rows = json.loads(path.read_bytes(), parse_float=_Spelt)
+        try: rows = json.loads(path.read_bytes(), parse_float=_Written)
         except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
         if isinstance(rows, list) and all(isinstance(r, dict) for r in rows): return rows
         raise ValueError(f"{path} is not a list of objects; give one a problem.")
@@ -101,7 +109,7 @@ def _json_lines(path):
     rows = []
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip(): continue
-        try: rows.append(json.loads(line, parse_float=_Spelt))
+        try: rows.append(json.loads(line, parse_float=_Written))
         except ValueError: rows.append(None)
         if not isinstance(rows[-1], dict): raise ValueError(f"{path}, line {n} is no JSON object; mend it or leave it out.")
     return rows
@@ -122,13 +130,14 @@ def _from_hub(name, split):
         raise ValueError(f"The data set {where} could not be loaded ({type(e).__name__}: {' '.join(str(e).split()):.160}); "
                          f"check name, split and network, or give a local file instead: tasks=FILE.jsonl") from None
 
+# %% ../../nbs/15_envs/02_math_tasks.ipynb #fa0a15ca
 def math_tasks(
     source: str,                       # one of BENCHMARKS, a data set on the hub as "owner/name", or a .jsonl, .json, .parquet or .csv file
     split: str | None = None,          # on the hub; None for the benchmark's own, else "test"
-    n: int | None = None,              # the first so many; None for all
+    n: int | None = None,              # number of rows, from the first; None for all
     instruction: str | None = BOXED,   # system message; None for none
 ) -> Dataset:                          # columns prompt, answer, environment, task, level
-    "Problems as tasks. Raises: ValueError where they cannot be had, or one of them lacks question or answer."
+    "Return problems as tasks. Raises: ValueError where they cannot be loaded, or one of them lacks question or answer."
     path = Path(source)
     rows = _from_file(path) if path.suffix in SUFFIXES else _from_hub(source, split)
     rows = rows[:n]

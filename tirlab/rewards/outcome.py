@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/25_rewards/00_outcome.ipynb #e8d93b74
-from ..core.formats import turn_kind
+from ..core.turns import turn_kind
 from ..envs.math_tasks import boxed
 from ..envs.tasks import is_correct
 from ..core.trajectory import Trajectory, TurnKind
@@ -105,9 +105,10 @@ def format_reward(
 
 # %% ../../nbs/25_rewards/00_outcome.ipynb #0651a1bb
 def call_failed(
-    content: str | list,   # what a tool answered: text, or the list that it returned
+    content: str | list,   # what a tool answered: text, best an `Observation`; or the list that it returned
 ) -> bool:
-    "Whether an answer reports a failure: an error as TRL writes it, or a line that names a Python exception."
+    "Return whether a tool failed: by the status of its observation; where it has none, by an error as TRL writes it, or a line that names an exception."
+    if getattr(content, "status", None): return content.status != "ok"
     return str(content).startswith("{'error': ") or bool(re.search(r"^[\w.]*(Error|Exception|SystemExit|KeyboardInterrupt)(:|$)", str(content), re.M))
 
 # %% ../../nbs/25_rewards/00_outcome.ipynb #a4479d21
@@ -116,7 +117,7 @@ def tool_rewards(
     bonus: float = 0.1,     # for a turn all of whose calls succeeded; a share of it where some did
 ) -> list[float]:           # one number a turn, 0 where nothing was called
     "Tool reward of each turn: share of its calls that worked, times a bonus. Source: MT-GRPO (arXiv 2505.11821), tool execution; amount inferred."
-    worked = [[r.error is None and not call_failed(r.content) for r in t.results] for t in trajectory.turns]
+    worked = [[not call_failed(r.observation) for r in t.results] for t in trajectory.turns]
     return [bonus * sum(w) / max(len(w), 1) for w in worked]
 
 # %% ../../nbs/25_rewards/00_outcome.ipynb #54a24a8d

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 # %% ../../nbs/20_rollout/00_calls.ipynb #8c525b71
 from ..envs.environments import outside_loop
 from ..sandbox.executions import SandboxFault, cut_middle
-from ..core.trajectory import ToolCall, ToolError, ToolResult
+from ..core.trajectory import Observation, ToolCall, ToolError, ToolResult
 
 # %% ../../nbs/20_rollout/00_calls.ipynb #93a73195
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def told(
     "A result as the model reads it: valid Unicode, long text cut in the middle, errors as TRL writes them."
     clean = lambda s: s.encode("utf-8", "replace").decode()
     shown = text if limits.observation_chars is None else cut_middle(text, limits.observation_chars)
-    value = None if isinstance(value, str) else value   # the text says it
-    return ToolResult(clean(name), clean(str({"error": shown}) if error else shown), error, seconds, shown != text, value)
+    status, value = value.status if isinstance(value, Observation) else None, None if isinstance(value, str) else value   # text is in `content`
+    return ToolResult(clean(name), clean(str({"error": shown}) if error else shown), error, seconds, shown != text, value, status)
 
 async def run_call(
     call: ToolCall,                      # what the model asked for

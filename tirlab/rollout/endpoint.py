@@ -14,9 +14,11 @@ from typing import ClassVar
 
 # %% ../../nbs/20_rollout/09_endpoint.ipynb #e23b84fb
 from .engines import EngineError, Sampled, Sampling
-from ..core.formats import results_text, text_messages, tool_schemas, turn_kind
-from .writers import EndpointWriter, ask_server, without_thoughts
-from ..core.syntax import syntax_of
+from ..core.formats import results_text, text_messages
+from .writers import EndpointWriter, ask_server
+from ..core.families import syntax_of, without_thoughts
+from ..core.schemas import tool_schemas
+from ..core.turns import turn_kind
 from ..core.trajectory import ToolCall, ToolResult, TurnKind
 
 # %% ../../nbs/20_rollout/09_endpoint.ipynb #66d81486
@@ -26,7 +28,7 @@ def read_message(
     "A server's message as the rollout knows messages. Raises: EngineError where it is none."
     if not isinstance(said, dict) or not isinstance(said.get("content"), str | None): raise EngineError(f"The endpoint's answer holds no message: {str(said):.100}")
     whole = said.get("content") or ""
-    message, thoughts = {"role": "assistant", "content": without_thoughts(whole)}, said.get("reasoning_content") or said.get("reasoning")
+    message, thoughts = {"role": "assistant", "content": without_thoughts(whole).strip()}, said.get("reasoning_content") or said.get("reasoning")
     if thoughts or message["content"] != whole.strip(): message["reasoning"] = thoughts or whole[:len(whole) - len(message["content"])]
     calls = said.get("tool_calls") or []
     try: message["tool_calls"] = [dict(id=str(c["id"]), type="function", function=_function(c["function"])) for c in calls]

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from .calls import RolloutLimits, run_calls, told, wrong_thread
 from .engines import EngineError, Sampled, Sampling, noise_seed
 from ..envs.environments import check_environment, environment_tools, offered_tools, outside_loop, reset_environment
-from ..core.formats import ChatFormat, make_format, tool_schemas
+from ..core.formats import ChatFormat, make_format
+from ..core.schemas import tool_schemas
 from ..sandbox.executions import SandboxFault, cut_middle
 from ..core.trajectory import StopReason, ToolError, ToolResult, Trajectory, Turn, TurnKind
 

@@ -20,7 +20,7 @@ from .calls import RolloutLimits
 from .engines import Sampled
 from ..core.formats import ChatFormat, TextFormat
 from .loop import rollout, run_async
-from ..core.syntax import syntax_of
+from ..core.families import syntax_of
 from ..core.trajectory import ToolCall, Trajectory
 
 # %% ../../nbs/20_rollout/07_scripted.ipynb #0023f654
@@ -86,7 +86,7 @@ def written_calls(
 
 def _written(format, message):
     "What the model would write for a message, and what comes behind it when the conversation goes on, as text."
-    if isinstance(format, TextFormat): return format.past_thought("\n".join(filter(None, [message["content"], syntax_of(format.name).render(written_calls(message))]))), ""
+    if isinstance(format, TextFormat): return format.past_thought("\n".join(filter(None, [message["content"], syntax_of(format.syntax).render(written_calls(message))]))), ""
     render = partial(format.tokenizer.apply_chat_template, tools=format.tools or None, chat_template=format.chat_template, **format.template_kwargs)
     show = lambda messages, more=False: render(messages, tokenize=False, add_generation_prompt=more)
     ask, after = [{"role": "user", "content": "dummy"}], _told("dummy") if message.get("tool_calls") else {"role": "user", "content": "dummy"}

@@ -20,10 +20,9 @@ import httpx
 from .demonstrations import _said_ids, truth
 from ..envs.environments import environment_tools
 from ..core.formats import make_format
-from ..core.families import syntax_of
+from ..core.families import syntax_of, without_thoughts
 from ..envs.tasks import ENVIRONMENTS, is_correct
 from ..core.trajectory import StopReason, ToolCall, Trajectory, Turn, TurnKind
-from ..rollout.writers import without_thoughts
 
 # %% ../../nbs/55_supervision/02_reflections.ipynb #a13ce1f1
 @dataclass(frozen=True)

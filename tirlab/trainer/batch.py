@@ -144,7 +144,7 @@ class Batches:
         for rounds_left in range(self.args.oversample_rounds if self.args.oversample else 0, -1, -1):
             trajectories, scores = sample(rows)
             pairs = self.gather(list(zip(rows, trajectories)))
-            self.learn(total_rewards(scores, self.weights), [t.own for _, t in pairs])
+            self.learn(total_rewards(scores, self.weights), [t.on_policy for _, t in pairs])
             new = self._groups(pairs, scores)
             groups, reasons = groups + new, reasons + self._reasons(new)
             plan = plan_batch(reasons, wanted, self.args.oversample, last=not rounds_left)

@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from ..rollout.engines import EngineError, context_of
 from ..config.tir_config import rollout_limits
 from ..envs.environments import check_environment, environment_tools, offered_tools, reset_environment
-from ..core.formats import make_format, tool_schemas
+from ..core.formats import make_format
+from ..core.schemas import tool_schemas
 from .guards import check_asked, naming_the_row
 from .recording import step_on_record
 from ..rollout.loop import failing_tools, rollout_metrics, rollouts
@@ -86,7 +87,7 @@ def _noise(self: Rolling, n):
 def _known(batch, ids):
     "Log-probabilities of all rows, None in those that have none, which TRL takes for a ratio of 1; None where no row has any."
     logprobs = [t.logprobs if t.turns else [0.0] for t in batch]
-    if all(p is None for p in logprobs) and any(t.own for t in batch): return None   # the engine gives none; where nothing is the policy's own, other processes may have the column
+    if all(p is None for p in logprobs) and any(t.on_policy for t in batch): return None   # the engine gives none; where nothing is the policy's own, other processes may have the column
     return [[None] * len(i) if p is None else list(p) for p, i in zip(logprobs, ids)]
 
 def _as_learnt(t, prompt, maker, hint):

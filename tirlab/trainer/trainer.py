@@ -254,7 +254,7 @@ def _generate_and_score_completions(self: TIRTrainer, inputs):
     if self.bounds: output["states"] = turn_states(self._batch, output["completion_ids"].shape[1], self.bounds).to(output["completion_mask"].device)
     if self._filled:   # TRL reset the environments once more
         for environment in self.environments or []: getattr(environment, "_close", lambda: None)()
-    if self._batches and self.model.training and not self._filled: self._batches.learn(total_rewards(self._rewards, self.reward_weights), gather_object([t.own for t in self._batch]))
+    if self._batches and self.model.training and not self._filled: self._batches.learn(total_rewards(self._rewards, self.reward_weights), gather_object([t.on_policy for t in self._batch]))
     if self.supervision and self.model.training: self._log_own()
     failed = torch.tensor([not t.turns for t in self._batch], device=output["completion_mask"].device)
     if "tool_mask" not in output and any(gather_object([failed.any().item()])):   # a placeholder is no token to learn; with tools its mask is 0 already
@@ -300,7 +300,7 @@ def _show(self: TIRTrainer, rows):
 @patch
 def _log_own(self: TIRTrainer):
     "What the policy earned by itself: the rewards of rollouts that were neither shown nor told nor remembered."
-    own = torch.tensor(gather_object([t.own for t in self._batch]), device=self._rewards.device)
+    own = torch.tensor(gather_object([t.on_policy for t in self._batch]), device=self._rewards.device)
     if own.any(): self._metrics["train"]["reward/own"].append(total_rewards(self._rewards, self.reward_weights)[own].nanmean().item())
 
 @patch
