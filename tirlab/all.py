@@ -11,7 +11,7 @@ from tirlab.rollout.endpoint import Endpoint as Endpoint
 from tirlab.rollout.engines import *
 from tirlab.envs.environments import *
 from tirlab.eval.estimates import Estimate as Estimate, interval as interval, majority_vote as majority_vote, pass_at_k as pass_at_k
-from tirlab.eval.results import compare_runs as compare_runs
+from tirlab.eval.estimates import compare_runs as compare_runs
 from tirlab.eval.runs import Sampler as Sampler, evaluate_run as evaluate_run
 from tirlab.eval.evaluate import Evaluation as Evaluation, evaluate as evaluate, evaluate_cells as evaluate_cells, restore as restore
 from tirlab.sandbox.executions import Execution as Execution, Limits as Limits, SandboxFault as SandboxFault, Status as Status
@@ -25,7 +25,8 @@ from tirlab.collapse.interventions import Clamp as Clamp, clamps_from as clamps_
 from tirlab.supervision.demonstrations import demonstrate as demonstrate, is_whole as is_whole
 from tirlab.envs.math_tasks import boxed as boxed, math_tasks as math_tasks
 from tirlab.rewards.patterns import pattern_judge as pattern_judge, pattern_shares as pattern_shares, reasoning_patterns as reasoning_patterns
-from tirlab.recipes.presets import PRESETS as PRESETS, preset as preset, preset_plan as preset_plan, preset_trainer as preset_trainer, train_preset as train_preset
+from tirlab.recipes.published import RECIPES as RECIPES, recipe as recipe
+from tirlab.recipes.training import recipe_plan as recipe_plan, recipe_trainer as recipe_trainer, train_recipe as train_recipe
 from tirlab.supervision.reflections import rule_writer as rule_writer
 from tirlab.rollout.writers import EndpointWriter as EndpointWriter
 from tirlab.rewards.outcome import *
