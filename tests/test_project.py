@@ -1,6 +1,5 @@
 """The project holds together: its settings, notebooks, floors, documentation and wheel."""
 import ast
-import configparser
 import json
 import os
 import re
@@ -32,54 +31,13 @@ def tracked():
 
 # One truth in two files
 
-def settings_as_pyproject(settings, folder):
-    "The pyproject.toml that nbdev makes of a settings.ini, as a dict."
-    folder.mkdir()
-    (folder / "settings.ini").write_text(settings)
-    config = configparser.ConfigParser()
-    config.read_string(settings)
-    package = folder / config["DEFAULT"]["lib_path"]
-    package.mkdir()
-    (package / "__init__.py").write_text('__version__ = "0"\n')
-    subprocess.run(["nbdev-migrate-config"], cwd=folder, check=True, capture_output=True)
-    made = tomllib.loads((folder / "pyproject.toml").read_text())
-    made["project"]["version"] = re.search(r'"(.*)"', (package / "__init__.py").read_text())[1]
-    return made
-
-
-def differences(ours, theirs, path=""):
-    "Where two nested dicts differ, in the fields that both have. Lists are compared without their order."
-    if isinstance(ours, dict): return [d for k in ours if k in theirs for d in differences(ours[k], theirs[k], f"{path}.{k}".lstrip("."))]
-    if isinstance(ours, list): ours, theirs = sorted(map(str, ours)), sorted(map(str, theirs))
-    return [] if ours == theirs else [path]
-
-
-def pyproject():
-    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    ours["project"]["version"] = re.search(r'__version__ = "(.*)"', (ROOT / "tirlab/__init__.py").read_text())[1]
-    del ours["tool"]["setuptools"]["packages"]   # a list of names for an editable install; settings.ini has no such field
-    return ours
-
-
-def test_settings_ini_says_what_pyproject_says(tmp_path):
-    settings = (ROOT / "settings.ini").read_text()
-    assert differences(pyproject(), settings_as_pyproject(settings, tmp_path / "same")) == []
-
-
-@pytest.mark.parametrize("change, field", [
-    (("min_python = 3.11", "min_python = 3.12"), "project.requires-python"),
-    (("torch transformers", "transformers"), "project.dependencies"),
-    (("version = ", "version = 9"), "project.version"),
-    (("tst_flags = notest gpu", "tst_flags = notest"), "tool.nbdev.tst_flags"),
-])
-def test_a_difference_is_found(tmp_path, change, field):
-    settings = (ROOT / "settings.ini").read_text()
-    assert change[0] in settings
-    assert differences(pyproject(), settings_as_pyproject(settings.replace(*change), tmp_path / "changed")) == [field]
+def test_settings_ini_is_made_from_pyproject():
+    made = subprocess.run([sys.executable, ROOT / "scripts/settings_ini", "--check"], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
 
 
 def test_every_dependency_is_pinned():
-    project = pyproject()["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = {name for names in project["optional-dependencies"].values() for name in names}
     pinned = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     assert not {*project["dependencies"], *wanted} - set(pinned)

@@ -36,10 +36,10 @@ from tirlab.trainer.trainer import TIRTrainer
 from tirlab.trainer.interleave import Interleave, OnAlarm
 from tirlab.eval.evaluate import evaluate, evaluate_cells
 from tirlab.eval.runs import evaluate_run
-from tirlab.eval.results import compare_runs
+from tirlab.eval.estimates import compare_runs
 from tirlab.eval.scores import score_run
 from tirlab.eval.estimates import majority_vote, pass_at_k
-from tirlab.recipes.presets import preset_trainer, train_preset
+from tirlab.recipes.training import recipe_trainer, train_recipe
 
 __all__ = [
     # core
@@ -73,5 +73,5 @@ __all__ = [
     # eval
     "evaluate", "evaluate_cells", "evaluate_run", "compare_runs", "score_run", "majority_vote", "pass_at_k",
     # recipes
-    "preset_trainer", "train_preset",
+    "recipe_trainer", "train_recipe",
 ]

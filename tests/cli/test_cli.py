@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tirlab.cli import main as cli
-from tirlab.recipes import presets
+from tirlab.recipes import arguments, training
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +69,7 @@ def desk(tmp_path, monkeypatch):
     for folder in ("out/checkpoint-5", "out/checkpoint-10"): (tmp_path / folder / "config.json").write_text("{}")
     os.utime(tmp_path / "out/checkpoint-5", (0, 0))
     def train(self, *args, **kwargs): raise AssertionError("training began")
-    monkeypatch.setattr(presets.TIRTrainer, "train", train)
+    monkeypatch.setattr(training.TIRTrainer, "train", train)
     return tmp_path
 
 
@@ -84,21 +84,21 @@ BAD = [
     *[(["train", *w], said) for w, said in [
         (["model=/nowhere"], "model=/nowhere: there is no such folder"), (["model=an empty folder"], "holds no checkpoint: there is no config.json in it"), (["model=a file ü"], "is a file; give the folder of a checkpoint"),
         (["model=out"], "give the checkpoint inside: model=out/checkpoint-10"), (["model=out/run-1"], "give the checkpoint inside: model=out/checkpoint-10"), (["model=run"], "is the folder of a run, which kept no checkpoint"),
-        (["model=nobody/nothing"], "model=nobody/nothing cannot be loaded"), (["model="], "model= has no value; leave it away, or write model=null for none."), (["=x"], "Unknown argument ''"), (["recipe"], "'recipe' is not key=value."),
-        (["gamma=1", "gamma=0.5"], "gamma is given twice"), (["ünï=1"], "Unknown argument 'ünï'; the nearest is"), (["chat_templat=x"], "the nearest is chat_template."),
+        (["model=nobody/nothing"], "model=nobody/nothing cannot be loaded"), (["model="], "model= has no value"), (["=x"], "Unknown setting ''"), (["recipe"], "'recipe' is not key=value."),
+        (["gamma=1", "gamma=0.5"], "gamma is given twice"), (["ünï=1"], "Unknown setting 'ünï'; the nearest is"), (["chat_templat=x"], "the nearest is chat_template."),
         (["max_steps=0"], "max_steps=0 is not a number from 1 on"), (["max_steps=1e400"], "max_steps=1e400"), (["max_steps=" + "9" * 40], "is not a number from 1 on"), (["max_steps=-5"], "max_steps=-5 is not"),
-        (["learning_rate=fast"], "learning_rate: invalid float value: 'fast'."), (["learning_rate=nan"], "learning_rate=nan is not a number from 0 on"), (["learning_rate=-1"], "learning_rate=-1 is not"),
-        (["n=²"], "n='²' is not a whole number from 1"), (["seed=-1"], "seed=-1 is not"), (["per_device_train_batch_size=0"], "is not a number from 1 on"), (["gradient_accumulation_steps=0"], "is not a number from 1 on"),
-        (["temperature=0"], "temperature=0 is not a number above 0"), (["save_steps=0"], "save_steps=0 is not"), (["loss_type=foo"], "loss_type='foo' is unknown; choose one of grpo, "), (["optim=foo"], "optim: invalid choice"),
-        (["accuracy_band=[0.1"], "accuracy_band=[0.1 is no list"), (["accuracy_band=[a,b]"], "accuracy_band: invalid float value: 'a'."), (["trace=maybe"], "trace: Truthy value expected"),
-        (["model_init_kwargs=abc"], "model_init_kwargs=abc is no JSON object"), (["model_init_kwargs={"], "model_init_kwargs={ is not JSON"), (['model_init_kwargs={"a":1}'], "These settings make no trainer: "),
+        (["learning_rate=fast"], "learning_rate=fast should be a number."), (["learning_rate=nan"], "learning_rate=nan is not a number from 0 on"), (["learning_rate=-1"], "learning_rate=-1 is not"),
+        (["n=²"], "n=² should be a whole number"), (["seed=-1"], "seed=-1 is not"), (["per_device_train_batch_size=0"], "is not a number from 1 on"), (["gradient_accumulation_steps=0"], "is not a number from 1 on"),
+        (["temperature=0"], "temperature=0 is not a number above 0"), (["save_steps=0"], "save_steps=0 is not"), (["loss_type=foo"], "loss_type='foo' is unknown; choose one of grpo, "), (["optim=foo"], "optim=foo is unknown"),
+        (["accuracy_band=[0.1"], "accuracy_band=[0.1 is no list"), (["accuracy_band=[a,b]"], "accuracy_band=a should be a number."), (["trace=maybe"], "trace=maybe should be true or false"),
+        (["model_init_kwargs=abc"], "model_init_kwargs=abc should be names with values"), (["model_init_kwargs={"], "model_init_kwargs={ should be names with values"), (['model_init_kwargs={"a":1}'], "These settings make no trainer: "),
         (["config=an empty folder"], "config=an empty folder is a folder"), (["config=broken.yaml"], "broken.yaml is not YAML"), (["config=list.yaml"], "holds no lines of the form key: value."), (["config=bytes.yaml"], "bytes.yaml is not text in UTF-8."),
         (["config=/no/where"], "/no/where: No such file or directory."), (["report_to=nonsense"], "report_to=nonsense is unknown"), (["output_dir=a file ü"], "a file ü is a file; give another folder."), (["output_dir=a file ü/x"], "is a file"),
         (["run_dir=a file ü/x"], "run_dir=a file ü/x: "), (["chat_template=/no.jinja"], "chat_template=/no.jinja is no file that can be read, and no template either"), (["chat_template=empty.jinja"], "is an empty file"),
         (["call_format=yaml"], "call_format='yaml' is unknown"), (["recipe=tool_rl_box/ets", "sft_learning_rate=nan"], "sft_learning_rate=nan is not"), (["--resme"], "unrecognized arguments: --resme"),
-        (["recipe=gtpo", "--resume", "gama=1"], "Unknown argument 'gama'"), (["--resume", "output_dir=an empty folder", "learning_rate=1"], "There is nothing in an empty folder to go on with")]],
+        (["recipe=gtpo", "--resume", "gama=1"], "Unknown setting 'gama'"), (["--resume", "output_dir=an empty folder", "learning_rate=1"], "There is nothing to resume in an empty folder")]],
     *[(["sandbox", *w], said) for w, said in [
-        ([], "arguments are required: action"), (["stop"], "invalid choice: 'stop'"), (["serve", "--port", "99999"], "--port: '99999' is not a port"), (["serve", "--port", "-1"], "--port: '-1' is not a port"),
+        ([], "arguments are required: ACTION"), (["stop"], "invalid choice: 'stop'"), (["serve", "--port", "99999"], "--port: '99999' is not a port"), (["serve", "--port", "-1"], "--port: '-1' is not a port"),
         (["serve", "--port", "web"], "--port: 'web' is not a port"), (["serve", "--host", "8.8.8.8"], "set a token"), (["serve", "--isolation", "x"], "--isolation: invalid choice")]],
     *[(["drift-check", *w], said) for w, said in [
         (["--model", "/nowhere"], "there is no such folder"), (["--model", "a file ü"], "is a file"), (["--model", "an empty folder"], "holds no checkpoint"), (["--model", "out"], "model=out/checkpoint-10"), (["--format", "yaml"], "--format: invalid choice")]],
@@ -118,7 +118,7 @@ def test_bad_input_is_one_sentence(words, said, desk, capfd, monkeypatch):
 
 
 def test_what_is_not_installed_is_named_before_anything_is_loaded(desk, capsys, monkeypatch):
-    monkeypatch.setattr(presets, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
     assert cli.main(["train", "report_to=wandb"]) == 2
     assert capsys.readouterr().err == "tirlab: report_to=wandb needs wandb, which is not installed: pip install wandb, or report_to=none.\n"
 
@@ -134,7 +134,7 @@ def test_a_port_that_is_taken(capsys, monkeypatch):
 
 def test_words_behind_an_option_count(monkeypatch):
     seen = []
-    monkeypatch.setattr(presets, "train_preset", lambda given, resume: seen.append((given, resume)) or type("T", (), {"run_dir": "x"}))
+    monkeypatch.setattr(training, "train_recipe", lambda settings, resume: seen.append((settings, resume)) or type("T", (), {"run_dir": "x"}))
     for words in (["recipe=gtpo", "--resume", "learning_rate=1e-4", "n=8"], ["--resume", "recipe=gtpo", "learning_rate=1e-4", "n=8"], ["recipe=gtpo", "learning_rate=1e-4", "n=8", "--resume"]):
         assert cli.main(["train", *words]) == 0
     assert seen == [(dict(recipe="gtpo", learning_rate="1e-4", n="8"), True)] * 3
@@ -151,7 +151,7 @@ def test_nobody_reads_on():
 
 def test_interrupted(capsys, monkeypatch):
     def interrupted(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(presets, "train_preset", interrupted)
+    monkeypatch.setattr(training, "train_recipe", interrupted)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err.startswith("tirlab: interrupted; ")
 

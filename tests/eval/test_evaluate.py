@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tirlab.cli import main as cli
 from tirlab.rollout.calls import RolloutLimits
 from tirlab.rollout.engines import EngineError, GenerateEngine, Sampling
-from tirlab.eval.estimates import compare, interval, majority_vote, pass_at_k, summary
-from tirlab.eval.results import compare_runs, item_scores, read_items, result_of
+from tirlab.eval.estimates import compare, compare_runs, interval, item_scores, majority_vote, pass_at_k, read_items, result_of, summary
 from tirlab.eval.runs import Sampler, evaluate_run
 from tirlab.eval.settings import PROTOCOLS, eval_cells, named_tasks, read_eval_settings
 from tirlab.eval.evaluate import evaluate, evaluate_cells
@@ -189,8 +188,8 @@ def test_eval_prints_a_table_and_json_and_a_folder_that_the_app_opens(tmp_path, 
 
 @pytest.mark.parametrize("words,said", [
     (["tasks=aime"], "Unknown tasks"), (["tasks=nobody.jsonl"], "no file nobody.jsonl"), (["format=yaml"], "Unknown call format 'yaml'"), (["ood=chat"], "is the format of training"),
-    (["k=0"], "nothing to evaluate"), (["k=4", "preset=tool_rl_box"], "all the same"), (["endpoint=http://127.0.0.1:9"], "needs model=NAME"), (["endpoint=localhost", "model=m"], "give the whole address"),
-    (["engine=llama"], "Unknown engine"), (["model=/no/such/model"], "cannot be loaded"), (["reward=best"], "Unknown reward"), (["temperature=-1"], "out of range"), (["n=0"], "at least one task"),
+    (["k=0"], "nothing to evaluate"), (["k=4", "recipe=tool_rl_box"], "all the same"), (["endpoint=http://127.0.0.1:9"], "needs model=NAME"), (["endpoint=localhost", "model=m"], "give the whole address"),
+    (["engine=llama"], "Unknown engine"), (["model=/no/such/model"], "cannot be loaded"), (["reward=best"], "Unknown reward"), (["temperature=-1"], "temperature=-1 is not a number from 0 on"), (["n=0"], "at least one task"),
 ])
 def test_bad_input_is_one_sentence(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -211,10 +210,11 @@ def test_a_benchmark_that_is_not_installed_names_its_command(monkeypatch):
     finally: bfcl_data.require_bfcl.cache_clear()
 
 
-def test_presets_are_what_the_papers_say():
+def test_protocols_are_what_the_papers_say():
     assert {k: PROTOCOLS["simpletir"].sets[k] for k in ("k", "temperature")} == dict(k=32, temperature=1.0) and PROTOCOLS["tool_rl_box"].sets["temperature"] == 0
-    what = read_eval_settings(["preset=simpletir", "k=4"])
-    assert what["k"] == 4 and what["first_call_only"] is True and what["max_completion_length"] == 12000
+    for key in ("recipe", "preset"):   # its older name
+        settings = read_eval_settings([f"{key}=simpletir", "k=4"])
+        assert settings.k == 4 and settings.first_call_only is True and settings.max_completion_length == 12000
 
 
 def test_a_task_without_an_answer_is_refused_before_anything_is_sampled(policy, tmp_path):

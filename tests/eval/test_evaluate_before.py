@@ -122,10 +122,11 @@ def test_the_command_takes_a_template_as_file_or_text(tmp_path, capsys):
 
 
 def test_settings_that_are_new_do_not_move_older_folders():
-    what = read_eval_settings([])
-    assert not {"chat_template", "chat_template_kwargs", "last_turn_prompt"} & set(eval_config(what)) and eval_folder(what) != eval_folder(read_eval_settings(["chat_template={{ x }}"]))
+    settings = read_eval_settings([])
+    assert not {"chat_template", "chat_template_kwargs", "last_turn_prompt"} & set(eval_config(settings)) and eval_folder(settings) != eval_folder(read_eval_settings(["chat_template={{ x }}"]))
     trained = read_eval_settings(["call_format=xml", "tool_timeout=3", "last_turn_prompt=Answer now."])
-    assert trained["format"] == "xml" and trained["tool_seconds"] == 3.0 and trained["last_turn_prompt"] == "Answer now."
+    assert trained.call_format == "xml" and trained.tool_timeout == 3.0 and trained.last_turn_prompt == "Answer now." and trained == read_eval_settings(["format=xml", "tool_seconds=3", "last_turn_prompt=Answer now."])
+    assert eval_config(trained)["format"] == "xml" and eval_config(trained)["tool_seconds"] == 3.0 and not {"call_format", "tool_timeout", "recipe"} & set(eval_config(trained))
 
 
 @pytest.mark.parametrize("words,said", [

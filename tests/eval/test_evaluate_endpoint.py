@@ -13,7 +13,7 @@ from tirlab.rollout.calls import RolloutLimits
 from tirlab.rollout.endpoint import Endpoint, EndpointFormat, read_message, wire_messages
 from tirlab.rollout.engines import EngineError, Sampling
 from tirlab.envs.environments import BookingEnvironment
-from tirlab.eval.results import read_items
+from tirlab.eval.estimates import read_items
 from tirlab.eval.runs import Sampler, evaluate_run
 from tirlab.eval.evaluate import evaluate
 from tirlab.plots.token_html import token_html

@@ -15,8 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tirlab.rollout.calls import RolloutLimits
 from tirlab.envs.environments import PythonEnvironment
 from tirlab.rollout.engines import GenerateEngine, Sampled, Sampling
-from tirlab.eval.estimates import summary
-from tirlab.eval.results import read_items, result_of
+from tirlab.eval.estimates import read_items, result_of, summary
 from tirlab.eval.rewards import reward_sources, score_rows
 from tirlab.eval.runs import Sampler, evaluate_run
 from tirlab.eval.evaluate import Evaluation, evaluate
@@ -131,12 +130,12 @@ def test_numbers_read_as_they_were_written():
 
 
 @pytest.mark.parametrize("answer,says", [
-    (None, "`reward` returned None; return a list"), (3.5, "returned 3.5"), ([1.0], "returned 1 rewards"), ([1.0] * 5, "returned 5 rewards"), ("good", "returned 'g' among"), (["1", "0", "1", "1"], "returned '1' among"),
-    ([1.0, [1.0], 0, 0], r"returned \[1.0\] among"), ([1j, 0, 0, 0], "returned 1j among"), ({"a": 1}, "returned 'a' among"), ([10**400, 0, 0, 0], "among its rewards"),
+    (None, "returned None"), (3.5, "returned a float"), ([1.0], "returned 1 rewards"), ([1.0] * 5, "returned 5 rewards"), ("good", "returned a str"), (["1", "0", "1", "1"], "returned '1', a str"),
+    ([1.0, [1.0], 0, 0], r"returned '\[1.0\]', a list"), ([1j, 0, 0, 0], "fit into float32"), ({"a": 1}, "returned a dict"), ([10**400, 0, 0, 0], "fit into float32"),
 ])
 def test_what_is_no_reward_is_one_sentence_that_names_the_function(answer, says):
     with pytest.raises(ValueError, match=says) as e: score_rows(ROWS, DONE, constant(answer))
-    assert "reward function `reward`" in str(e.value) and "4 completions" in str(e.value) and "\n" not in str(e.value)
+    assert "reward function 'reward'" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_reward_models_and_missing_sources_are_refused():

@@ -10,7 +10,7 @@ import torch
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
 from tirlab.trainer.interleave import last_checkpoint
-from tirlab.recipes.presets import train_preset
+from tirlab.recipes.training import train_recipe
 from tirlab.trainer.recording import rewind
 from tirlab.traces.run import RunWriter
 
@@ -128,9 +128,9 @@ def test_the_command_line_goes_on_from_between_batches(tmp_path):
     def given(name, steps):
         return dict(recipe="dr_grpo", tasks="arithmetic", max_steps=str(steps), num_iterations="2", save_steps="1", output_dir=str(tmp_path / name), n="64", per_device_train_batch_size="16",
                                         num_generations="8", max_completion_length="96")
-    through = train_preset(given("through", 4))
+    through = train_recipe(given("through", 4))
     shutil.copytree(tmp_path / "through", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/checkpoint-4")
-    again = train_preset(given("cut", 4), resume=True)
+    again = train_recipe(given("cut", 4), resume=True)
     assert (open_run(through.run_dir).metrics().skipped_steps == 0).any() and torch.equal(weights(through), weights(again)) and Path(again.run_dir).parent == tmp_path / "cut"
     assert history(again.run_dir) == history(through.run_dir)

@@ -9,72 +9,82 @@ __all__ = ['trace_import', 'trace_export', 'trace_show', 'trace_score', 'add_tra
 import argparse, json
 
 # %% ../../nbs/90_cli/01_trace_commands.ipynb #ca825c1b
-def trace_import(
-    args: argparse.Namespace,   # source, out, tokenizer
-) -> int:                       # exit status
-    "Make a run folder of another trainer's records."
-    from tirlab.traces.imports import import_traces
-    told = import_traces(args.source, args.out, args.tokenizer)
-    left = f", {told['skipped']} lines or rows were none" * bool(told["skipped"]) + f", unreadable: {', '.join(told['unreadable'])}" * bool(told["unreadable"])
-    print(f"{told['trajectories']} trajectories of {told['format']} in {args.out}{left}\nLook at it:  tirlab app {args.out}")
-    if told["format"] in ("prime-rl", "verifiers") and not args.tokenizer: print("With --tokenizer the tokens get their text, and the numbers that belong to them.")
-    return 0
+from .commands import add_command
 
 # %% ../../nbs/90_cli/01_trace_commands.ipynb #6cd84e16
-def trace_export(
-    args: argparse.Namespace,   # run, id, group, step, metric, html, datasets
-) -> int:                       # exit status
-    "Write rollouts to an HTML file, or the whole run to a `datasets` folder."
-    from tirlab.plots.export import export_dataset, export_html
-    from tirlab.traces.run import open_run
-    if not (args.html or args.datasets): raise ValueError("Say where to: --html FILE for a rollout or a group, --datasets DIR for the whole run.")
-    run = open_run(args.run)
-    if args.html: print(f"{export_html(run, args.html, args.id, args.step, args.group, args.metric)} trajectories in {args.html}")
-    if args.datasets: print(f"{args.datasets}: {json.dumps(export_dataset(run, args.datasets))}")
+def trace_import(
+    source: str,             # file or folder; it is only read
+    *,
+    out: str,                # run folder to write
+    tokenizer: str = None,   # folder or name, for formats that hold tokens without their text
+) -> int:                    # exit status
+    "Import TRL's completions, prime-rl's token exports, traces of verifiers, or verl's rollout dumps."
+    from tirlab.traces.imports import import_traces
+    found = import_traces(source, out, tokenizer)
+    skipped = f", {found['skipped']} lines or rows were none" * bool(found["skipped"]) + f", unreadable: {', '.join(found['unreadable'])}" * bool(found["unreadable"])
+    print(f"{found['trajectories']} trajectories of {found['format']} in {out}{skipped}\nLook at it:  tirlab app {out}")
+    if found["format"] in ("prime-rl", "verifiers") and not tokenizer: print("With --tokenizer the tokens get their text, and the numbers that belong to them.")
     return 0
 
 # %% ../../nbs/90_cli/01_trace_commands.ipynb #ebfde763
-def trace_show(
-    args: argparse.Namespace,   # run, id, last
-) -> int:                       # exit status
-    "Print a run, or one of its rollouts."
-    from rich.console import Console
-    from tirlab.traces.terminal import overview, shown
+def trace_export(
+    run: str,               # run folder
+    *,
+    id: str = None,         # one rollout
+    group: int = None,      # rollouts of a prompt, with --step
+    step: int = None,       # of the group
+    metric: str = None,     # what colours the tokens (logprob)
+    html: str = None,       # HTML file of a rollout or a group
+    datasets: str = None,   # folder for the whole run
+) -> int:                   # exit status
+    "Export a rollout or a group to one HTML file, or the whole run to a `datasets` folder."
+    from tirlab.plots.export import export_dataset, export_html
     from tirlab.traces.run import open_run
-    run = open_run(args.run)
-    Console().print(shown(run.trajectory(args.id)) if args.id else overview(run, args.last))
+    if not (html or datasets): raise ValueError("Say where to: --html FILE for a rollout or a group, --datasets DIR for the whole run.")
+    opened = open_run(run)
+    if html: print(f"{export_html(opened, html, id, step, group, metric)} trajectories in {html}")
+    if datasets: print(f"{datasets}: {json.dumps(export_dataset(opened, datasets))}")
     return 0
 
 # %% ../../nbs/90_cli/01_trace_commands.ipynb #124b0c40
-def trace_score(
-    args: argparse.Namespace,   # run, model, name
-) -> int:                       # exit status
-    "Score a run's tokens by another checkpoint; where it was interrupted, it goes on."
-    from tirlab.eval.scores import score_run
+def trace_show(
+    run: str,          # run folder
+    id: str = None,    # one rollout; without it the run
+    *,
+    last: int = 15,    # steps and rollouts listed
+) -> int:              # exit status
+    "Show a run, or one rollout, in the terminal."
+    from rich.console import Console
     from tirlab.traces.run import open_run
-    run = open_run(args.run)
-    folder = score_run(run, args.model, args.name)
-    info = run.scores()[folder.name]
-    print(f"{info['scored']} trajectories scored in {folder}" + f", unreadable: {', '.join(info['unreadable'])}" * bool(info["unreadable"]) + f"\nLook at it:  tirlab app {args.run}")
+    from tirlab.traces.terminal import overview, shown
+    opened = open_run(run)
+    Console().print(shown(opened.trajectory(id)) if id else overview(opened, last))
     return 0
 
 # %% ../../nbs/90_cli/01_trace_commands.ipynb #517f6a4b
+def trace_score(
+    run: str,            # run folder
+    *,
+    model: str,          # checkpoint: folder or name
+    name: str = None,    # name of the scores (the checkpoint's last part)
+) -> int:                # exit status
+    "Score a run's tokens by another checkpoint; re-run to resume."
+    from tirlab.eval.scores import score_run
+    from tirlab.traces.run import open_run
+    opened = open_run(run)
+    folder = score_run(opened, model, name)
+    info = opened.scores()[folder.name]
+    print(f"{info['scored']} trajectories scored in {folder}" + f", unreadable: {', '.join(info['unreadable'])}" * bool(info["unreadable"]) + f"\nLook at it:  tirlab app {run}")
+    return 0
+
+# %% ../../nbs/90_cli/01_trace_commands.ipynb #ee742f28
 def add_trace_commands(
     commands: argparse._SubParsersAction,   # of the command line
 ) -> None:
-    "Add `trace` and what it can do."
-    trace = commands.add_parser("trace", help="records: import those of other trainers, export, show in a terminal, score by another checkpoint")
+    "Add `trace` and its four actions."
+    trace = commands.add_parser("trace", help="import records of other trainers, export, show in a terminal, score by another checkpoint")
     actions = trace.add_subparsers(dest="action", required=True, metavar="ACTION")
-    def add(name, function, help, /, **words):
-        p = actions.add_parser(name, help=help)
-        for word, given in words.items(): p.add_argument(*([word] if word in ("source", "run") else [f"--{word}"]), **given)
-        p.set_defaults(function=function)
-        return p
-    add("import", trace_import, "TRL's completions, prime-rl's token exports, traces of verifiers, verl's rollout dumps", source=dict(metavar="SOURCE", help="file or folder; it is only read"),
-        out=dict(required=True, metavar="RUN", help="run folder to write"), tokenizer=dict(metavar="T", help="folder or name, for formats that hold tokens without their text"))
-    add("export", trace_export, "one HTML file of a rollout or a group, or a datasets folder", run=dict(metavar="RUN"), id=dict(metavar="ID", help="one rollout"), group=dict(type=int, metavar="G", help="rollouts of a prompt, with --step"),
-        step=dict(type=int, metavar="S"), metric=dict(metavar="M", help="what colours the tokens (logprob)"), html=dict(metavar="FILE"), datasets=dict(metavar="DIR"))
-    show = add("show", trace_show, "a run, or one rollout, in the terminal", run=dict(metavar="RUN"), last=dict(type=int, default=15, metavar="N", help="steps and rollouts listed (15)"))
-    show.add_argument("id", nargs="?", metavar="ID", help="one rollout")
-    add("score", trace_score, "log-probabilities of a run's tokens under another checkpoint", run=dict(metavar="RUN"), model=dict(required=True, metavar="CKPT", help="folder or name"),
-        name=dict(metavar="NAME", help="of the scores (the checkpoint's last part)"))
+    add_command(actions, "import", trace_import)
+    add_command(actions, "export", trace_export)
+    add_command(actions, "show", trace_show)
+    add_command(actions, "score", trace_score)

@@ -20,9 +20,11 @@ from tqdm.auto import tqdm
 from ..trainer.batch import task_name
 from ..rollout.engines import Sampling
 from ..envs.environments import outside_loop
-from .results import read_items, result_of
+from .estimates import read_items, result_of
 from .rewards import event_loop, reads_environments, reward_sources, score_rows
-from .evaluate import Failures, Sampler, as_rows, check_cells, completions_of, schedule_of
+from .checks import as_rows, check_cells
+from .evaluate import Failures
+from .sampler import Sampler, completions_of, schedule_of
 from ..traces.files import append_lines, plain, write_atomic
 from ..rewards.patterns import reasoning_patterns
 from ..traces.recorder import Recorder, trace_row
@@ -34,7 +36,7 @@ from ..core.trajectory import StopReason, Trajectory
 
 # %% ../../nbs/65_eval/03_runs.ipynb #04b5e332
 async def _one_try(sampler, unit, j, gate, sampling, seed, slots, loop):
-    "One rollout of one row, and what it began with."
+    "Roll out one row once; return what it began with, and the rollout."
     opened = sampler.open(unit.row, unit.call_format, unit.item)
     engine, owner, noise = gate.seat(unit.seat + j) if gate else opened.engine, opened.environment, (seed, "evaluate", unit.number + j)
     begin = lambda: rollout(opened.prompt, engine, opened.tools, opened.format, sampler.limits, sampling, noise, slots, loop, owner=owner)
@@ -54,8 +56,17 @@ class _Unit:
     number: int        # of its first try in its cell, for the noise
     seat: int          # of its first try among all cells
 
+def _batches(units, size):
+    "Yield units in lists of at most `size` tries, or of one unit."
+    some = []
+    for u in units:
+        if some and sum(len(x.tries) for x in [*some, u]) > size: yield some; some = []
+        some.append(u)
+    if some: yield some
+
+# %% ../../nbs/65_eval/03_runs.ipynb #dce37060
 async def _run_units(units, sampler, sampling, seed, batch, schedule, scribe):
-    "Roll units out; the scribe scores and writes each when it is done."
+    "Roll units out; each is scored and written when it is done."
     slots, lock = asyncio.Semaphore(32), asyncio.Lock()
     async def rolled(unit, gate=None):
         async with asyncio.TaskGroup() as group: tries = [group.create_task(_one_try(sampler, unit, j, gate, sampling, seed, slots, scribe.loop)) for j in unit.tries]
@@ -78,13 +89,7 @@ async def _run_units(units, sampler, sampling, seed, batch, schedule, scribe):
         done = [(u, e.result()) for u, e in zip(some, each)]
         scribe.write(done, scribe.score(done))
 
-def _batches(units, size):
-    "Units in lists of at most `size` tries, or of one unit."
-    some = []
-    for u in units:
-        if some and sum(len(x.tries) for x in [*some, u]) > size: yield some; some = []
-        some.append(u)
-    if some: yield some
+
 
 # %% ../../nbs/65_eval/03_runs.ipynb #5e50872a
 def _message_text(m):

@@ -18,7 +18,9 @@ from tirlab.algorithms.losses import token_weights
 from tirlab.rewards.outcome import answer_reward
 from tirlab.trainer.interleave import OnAlarm
 from tirlab.trainer.effects import Effects, looked_at
-from tirlab.recipes.presets import PRESETS, arguments_of, preset, preset_plan, preset_sets, preset_trainer, rate_line, read_settings, train_config, train_preset, trainer_arguments
+from tirlab.recipes.published import RECIPES, recipe
+from tirlab.recipes.arguments import arguments_of, rate_line, read_train_settings, recipe_sets, train_config
+from tirlab.recipes.training import recipe_plan, recipe_trainer, train_recipe, trainer_arguments
 from tirlab.recipes.demo import RewardBar
 from tirlab.rollout.writers import EndpointWriter
 from tirlab.core.tiny import tiny_policy
@@ -35,31 +37,31 @@ def peft_where_it_is_needed(request):
         pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if not p.plan])
-def test_every_preset_trains(name, tmp_path):
+@pytest.mark.parametrize("name", [n for n, p in RECIPES.items() if not p.plan])
+def test_every_recipe_trains(name, tmp_path):
     "Two steps on the tiny policy, sampled for real: finite weights, two steps in the run folder."
-    t = preset_trainer(SMALL | dict(max_steps="2", recipe=name, output_dir=str(tmp_path)))
+    t = recipe_trainer(SMALL | dict(max_steps="2", recipe=name, output_dir=str(tmp_path)))
     t.train()
     run = open_run(t.run_dir)
     index = run.index()
     assert t.state.global_step == 2 and index.scored_at.notna().sum() == 16 and (len(index) == 16 or t.args.oversample) and all(p.isfinite().all() for p in t.model.parameters())
-    for key, value in PRESETS[name].sets.items():
+    for key, value in RECIPES[name].sets.items():
         assert getattr(t.args, key) == value or key in SMALL
     assert t.args.learning_rate == 1e-4 and t.num_generations == 4
 
 
-@pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if p.plan])
-def test_every_preset_with_rounds_trains(name, tmp_path):
+@pytest.mark.parametrize("name", [n for n, p in RECIPES.items() if p.plan])
+def test_every_recipe_with_rounds_trains(name, tmp_path):
     "Two steps of RL and two more, on tasks of all families; what is taught between is on record."
     adaptive, first = name == "adaptive", name == "tool_rl_box/sft_rl"
     rounds = {"max_steps": "3"} if adaptive else {"rounds": "[0, 3]" if first else "[2, 2]"} | ({} if first else {"failed_rule": "any"})
     small = {k: v for k, v in SMALL.items() if k != "max_steps"}
-    t = train_preset(small | rounds | dict(recipe=name, tasks="all", sft_per_device_train_batch_size="4", sft_gradient_accumulation_steps="1", output_dir=str(tmp_path)))
+    t = train_recipe(small | rounds | dict(recipe=name, tasks="all", sft_per_device_train_batch_size="4", sft_gradient_accumulation_steps="1", output_dir=str(tmp_path)))
     index, phases = open_run(t.run_dir).index(), json.loads((tmp_path / "phases.json").read_text())
     assert [(p["kind"], p["reached"]) for p in phases] == ([("rl", 3)] if adaptive else [("rl", 0), ("sft", 0), ("rl", 3)] if first else [("rl", 2), ("sft", 2), ("rl", 4)])
     taught = index[index.phase == "sft"]
     assert set(taught.origin) == (set() if adaptive else {"demonstration", "reflection"} if name.endswith("prs") else {"demonstration"}) and open_run(t.run_dir).status() == "finished"
-    for key, value in PRESETS[name].sets.items():
+    for key, value in RECIPES[name].sets.items():
         assert getattr(t.args, key) == value or key in SMALL
 
 
@@ -71,7 +73,7 @@ def rewards(completions, **kwargs):
 
 
 def scripted(name, tmp_path, monkeypatch, rewards=rewards, **changes):
-    return trainer(tmp_path, monkeypatch, rewards=rewards, **preset(name, **dict(num_generations=4, steps_per_generation=1, trace=False) | changes))
+    return trainer(tmp_path, monkeypatch, rewards=rewards, **recipe(name, **dict(num_generations=4, steps_per_generation=1, trace=False) | changes))
 
 
 def of_turns(t, inputs, row):
@@ -91,7 +93,7 @@ def test_gtpo_gives_turns_their_discounted_return(tmp_path, monkeypatch):
 def test_gtpo_rewards_code_like_that_of_the_success(tmp_path, monkeypatch):
     "Member 0 succeeds with 37+48; the second differs in a number, the third is something else, the fourth the same code: half, and no more, is to be had."
     scripts = [[call(code), answer] for code, answer in (("37+48", "85"), ("37+49", "86"), ("print()", "x"), ("37+48", "7"))]
-    t = trainer(tmp_path, monkeypatch, scripts=scripts, rewards=lambda completions, **kwargs: [float(i % 4 == 0) for i in range(8)], **preset("gtpo", num_generations=4, trace=False))
+    t = trainer(tmp_path, monkeypatch, scripts=scripts, rewards=lambda completions, **kwargs: [float(i % 4 == 0) for i in range(8)], **recipe("gtpo", num_generations=4, trace=False))
     batch_and_gradient(t)
     right, near, far, same = t._credit(4)[0][:4].nan_to_num().sum(1).tolist()
     assert right == 1 and same == pytest.approx(0.5) and 0 == far < near < 0.5
@@ -164,7 +166,7 @@ def test_thor_adds_the_likelihood_of_successes(tmp_path, monkeypatch):
 
 
 def test_tina_trains_lora_adapters_only(tmp_path):
-    t = preset_trainer(SMALL | dict(recipe="tina_lora", output_dir=str(tmp_path)))
+    t = recipe_trainer(SMALL | dict(recipe="tina_lora", output_dir=str(tmp_path)))
     names = [n for n, p in t.model.named_parameters() if p.requires_grad]
     assert names and all("lora_" in n for n in names) and len(names) == 2 * 4 * t.model.config.num_hidden_layers
     assert {p.shape[0] for n, p in t.model.named_parameters() if "lora_A" in n} == {32}
@@ -179,25 +181,25 @@ def test_tool_rl_box_is_held_to_the_reference(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name,origins", [("ops", ["demonstration", "sampled", "sampled", "sampled"]), ("hbg", ["hinted", "hinted", "sampled", "sampled"])])
 def test_ops_shows_one_and_hbg_tells_two(name, origins, tmp_path):
-    t = preset_trainer(SMALL | dict(recipe=f"tool_rl_box/{name}", output_dir=str(tmp_path), max_steps="1"))
+    t = recipe_trainer(SMALL | dict(recipe=f"tool_rl_box/{name}", output_dir=str(tmp_path), max_steps="1"))
     t.train()
     rows = [open_run(t.run_dir).trajectory(i) for i in open_run(t.run_dir).index().id]
     assert [r.origin for r in rows] == origins * 2 and all((r.reward == 1) for r in rows if r.origin == "demonstration") and [bool(r.hint) for r in rows] == [o == "hinted" for o in origins * 2]
 
 
 def test_rounds_are_the_papers():
-    ets, prs, first, ours = (preset_plan({"recipe": n, "model": "some/model"}) for n in ("tool_rl_box/ets", "tool_rl_box/prs", "tool_rl_box/sft_rl", "adaptive"))
+    ets, prs, first, ours = (recipe_plan({"recipe": n, "model": "some/model"}) for n in ("tool_rl_box/ets", "tool_rl_box/prs", "tool_rl_box/sft_rl", "adaptive"))
     assert ets.rounds == prs.rounds == [50, 100, 150] and first.rounds == [0, 300] and ours.rounds == OnAlarm(300)
     for plan, epochs in ((ets, 2), (prs, 2), (first, 3)):
         assert plan.sft["per_device_train_batch_size"] * plan.sft["gradient_accumulation_steps"] == 128 and plan.sft["learning_rate"] == 1e-5 and plan.sft["num_train_epochs"] == epochs
     assert (ets.signals[0].rule, ets.signals[0].window, ets.sft["warmup_steps"], prs.signals[0].demonstrate) == ("all", 10, 0.3, True)
-    with_model = preset_plan(dict(recipe="tool_rl_box/prs", writer_url="http://localhost:8000/v1", writer_model="m", failed_rule="any", sft_num_train_epochs="1", sft_max_length="null"))
+    with_model = recipe_plan(dict(recipe="tool_rl_box/prs", writer_url="http://localhost:8000/v1", writer_model="m", failed_rule="any", sft_num_train_epochs="1", sft_max_length="null"))
     assert isinstance(with_model.signals[0].writer, EndpointWriter) and with_model.signals[0].of.rule == "any" and with_model.sft["num_train_epochs"] == 1 and with_model.sft["max_length"] is None
-    assert preset_plan(dict(recipe="adaptive", max_steps="20")).rounds == OnAlarm(20) and preset_plan({}) is None
+    assert recipe_plan(dict(recipe="adaptive", max_steps="20")).rounds == OnAlarm(20) and recipe_plan({}) is None
 
 
 def test_adaptive_waits_for_a_monitor_that_stops(tmp_path):
-    t = preset_trainer(dict(recipe="adaptive", output_dir=str(tmp_path)))
+    t = recipe_trainer(dict(recipe="adaptive", output_dir=str(tmp_path)))
     assert [c.action for c in t.callback_handler.callbacks if type(c).__name__ == "CollapseMonitor"] == ["stop"]
 
 
@@ -232,8 +234,8 @@ def test_rlcr_takes_the_brier_score_off(tmp_path):
 
 
 def _rewards(name, said, tmp_path):
-    "What a preset's trainer gives to four final messages on one prompt whose answer is 85."
-    t = preset_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path)))
+    "What a recipe's trainer gives to four final messages on one prompt whose answer is 85."
+    t = recipe_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path)))
     prompt, t.environments, t._batch = [{"role": "user", "content": "How many?"}], [], [SimpleNamespace(turns=[1], reward_messages=[])] * 4
     return t._calculate_rewards([{"prompt": prompt, "answer": "85"}] * 4, [prompt] * 4, [[{"role": "assistant", "content": s}] for s in said], [[1]] * 4).tolist()
 
@@ -241,20 +243,20 @@ def _rewards(name, said, tmp_path):
 # ---- arguments
 
 
-def test_presets_name_arguments_that_exist_and_differ_from_the_defaults():
+def test_recipes_name_arguments_that_exist_and_differ_from_the_defaults():
     default = TIRConfig()
-    for name, p in PRESETS.items():
+    for name, p in RECIPES.items():
         TIRConfig(**p.sets)
         assert p.paper and p.inferred and (p.lora or p.plan or p.reward is not answer_reward or any(getattr(default, k) != v for k, v in p.sets.items())), name
     with pytest.raises(ValueError, match="Unknown recipe 'ppo'; choose one of gtpo, "):
-        preset("ppo")
+        recipe("ppo")
 
 
-def test_what_is_typed_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
+def test_what_is_typed_wins_over_the_file_and_the_file_over_the_recipe(tmp_path):
     (tmp_path / "a.yaml").write_text("recipe: simpletir\nlearning_rate: 1e-4\naccuracy_band: [0.2, 0.8]\ndelta: null\nlevel: 2\n")
-    given = read_settings([f"config={tmp_path / 'a.yaml'}", "learning_rate=3e-4", "vllm_servers=[http://a:1,http://b:2]"])
+    given = read_train_settings([f"config={tmp_path / 'a.yaml'}", "learning_rate=3e-4", "vllm_servers=[http://a:1,http://b:2]"])
     assert given["recipe"] == "simpletir" and given["level"] == 2
-    args = train_config({k: v for k, v in given.items() if k not in ("recipe", "level")}, **preset("simpletir"))
+    args = train_config({k: v for k, v in given.items() if k not in ("recipe", "level")}, **recipe("simpletir"))
     assert (args.learning_rate, args.accuracy_band, args.delta, args.epsilon_high) == (3e-4, [0.2, 0.8], None, 0.28)
     assert args.vllm_servers == ["http://a:1", "http://b:2"] and args.void_filter == "trajectory"
 
@@ -267,31 +269,31 @@ def test_reading_settings_changes_nothing_for_others():
 
 @pytest.mark.parametrize("words,said", [
     (["recipe=ppo"], "Unknown recipe 'ppo'"),
-    (["gama=1"], "Unknown argument 'gama'; the nearest is gamma."),
-    (["task=all"], "Unknown argument 'task'; the nearest is tasks."),
+    (["gama=1"], "Unknown setting 'gama'; the nearest is gamma."),
+    (["task=all"], "Unknown setting 'task'; the nearest is tasks."),
     (["gamma"], "'gamma' is not key=value."),
-    (["gamma=much"], "gamma: invalid float value: 'much'"),
+    (["gamma=much"], "gamma=much should be a number"),
     (["gamma=2"], "gamma=2.0 is not between 0 and 1."),
-    (["n=few"], "n='few' is not a whole number from 1 to 100000."),
-    (["level=99"], "level='99' is not a whole number from 1 to 10."),
+    (["n=few"], "n=few should be a whole number."),
+    (["level=99"], "level=99 is not a number from 1 to 10."),
     (["tasks=chess"], "Unknown task family 'chess'"),
     (["config=/nowhere.yaml"], "/nowhere.yaml: No such file"),
     (["rounds=[2,2]"], "Recipe 'gtpo' has no rounds of supervised training, so rounds has no meaning"),
     (["sft_learning_rate=1"], "so sft_learning_rate has no meaning"),
     (["recipe=tool_rl_box/ets", "max_steps=3"], "give their steps, such as rounds=[4,6,8]."),
-    (["recipe=tool_rl_box/ets", "rounds=[2,few]"], "rounds='[2,few]' is not a list of steps"),
+    (["recipe=tool_rl_box/ets", "rounds=[2,few]"], "rounds=few should be a whole number"),
     (["recipe=tool_rl_box/ets", "rounds=[-1]"], "has no step of RL"),
-    (["recipe=tool_rl_box/ets", "sft_learning_rate=much"], "sft_learning_rate: invalid float value: 'much'"),
-    (["recipe=tool_rl_box/ets", "sft_lr=1"], "Unknown argument 'sft_lr'; the nearest is sft_"),
+    (["recipe=tool_rl_box/ets", "sft_learning_rate=much"], "sft_learning_rate=much should be a number"),
+    (["recipe=tool_rl_box/ets", "sft_lr=1"], "Unknown setting 'sft_lr'; the nearest is sft_"),
     (["recipe=tool_rl_box/ets", "writer_url=http://localhost/v1"], "writes no reflections"),
     (["recipe=tool_rl_box/ets", "failed_rule=some"], "choose 'all' or 'any'"),
     (["recipe=tool_rl_box/sft_rl", "failed_rule=all"], "does not ask which tasks failed"),
     (["recipe=tool_rl_box/prs", "writer_url=http://localhost/v1"], "writer_url and writer_model belong together"),
     (["recipe=tool_rl_box/prs", "writer_url=localhost", "writer_model=m"], "give the whole address"),
     (["recipe=adaptive", "rounds=[2]"], "supervises on an alarm and has no rounds; give max_steps."),
-    (["recipe=adaptive", "max_steps=few"], "max_steps='few' is not a whole number"),
-    (["--resume"], "--resume goes on with the run in output_dir; give it."),
-    (["--resume", "output_dir=nowhere"], "There is nothing in nowhere to go on with: no run folder, no checkpoint."),
+    (["recipe=adaptive", "max_steps=few"], "max_steps=few should be a whole number"),
+    (["--resume"], "--resume resumes the run in output_dir; give it."),
+    (["--resume", "output_dir=nowhere"], "There is nothing to resume in nowhere: no run folder, no checkpoint."),
 ])
 def test_what_is_wrong_is_said_in_one_line(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -321,30 +323,30 @@ def test_train_from_the_command_line(tmp_path, capsys, monkeypatch):
     (dict(recipe="simpletir", learning_rate="1e-5", model="some/model"), 1e-5, "yours."),
 ])
 def test_the_rate_belongs_to_a_model_and_the_users_wins(given, rate, said):
-    args = train_config(arguments_of(given), **preset_sets(given))
+    args = train_config(arguments_of(given), **recipe_sets(given))
     assert args.learning_rate == rate and rate_line(given, args).startswith(f"Learning rate: {rate:g}, ") and said in rate_line(given, args)
 
 
 def test_a_rate_from_a_paper_says_for_which_model():
-    assert {n for n, p in PRESETS.items() if ("learning_rate" in p.sets) != bool(p.rate_for)} == set()
+    assert {n for n, p in RECIPES.items() if ("learning_rate" in p.sets) != bool(p.rate_for)} == set()
 
 
 def test_supervised_training_of_the_tiny_policy_has_its_rate_too():
-    rates = [preset_plan(dict(recipe="tool_rl_box/ets") | more).sft["learning_rate"] for more in ({}, {"model": "some/model"}, {"sft_learning_rate": "1e-6"})]
+    rates = [recipe_plan(dict(recipe="tool_rl_box/ets") | more).sft["learning_rate"] for more in ({}, {"model": "some/model"}, {"sft_learning_rate": "1e-6"})]
     assert rates == [3e-4, 1e-5, 1e-6]
 
 
 def test_every_recipe_was_seen_to_learn():
     kept = json.loads((ROOT / "nbs/experiments/results/recipes.json").read_text())["recipes"]
-    assert kept.keys() == PRESETS.keys()
+    assert kept.keys() == RECIPES.keys()
     for name, m in kept.items():
         learnt = m["reward"][1] > m["reward"][0] + 0.1 if name == "empo" else m["after"] > m["before"] + 0.1      # it rewards agreement, right or wrong
-        assert m["learning_rate"] == preset_sets(dict(recipe=name))["learning_rate"] and learnt, name
+        assert m["learning_rate"] == recipe_sets(dict(recipe=name))["learning_rate"] and learnt, name
 
 
 def test_train_says_whose_rate_it_is_and_what_had_no_effect(tmp_path, capsys):
     "Continuous rewards are never equal; nobody says a confidence; one update a batch clips nothing; the run is over before the first reset. What acted is not named."
-    t = train_preset(SMALL | dict(recipe="rlcr", min_reward_std="1e-9", mask_truncated_completions="true", reset_optimizer_steps="50", epsilon="0.2", max_completion_length="96", max_turn_length="96", output_dir=str(tmp_path)))
+    t = train_recipe(SMALL | dict(recipe="rlcr", min_reward_std="1e-9", mask_truncated_completions="true", reset_optimizer_steps="50", epsilon="0.2", max_completion_length="96", max_turn_length="96", output_dir=str(tmp_path)))
     lines = capsys.readouterr().out.splitlines()
     assert "Learning rate: 0.0001, yours." in lines
     assert "epsilon=0.2 will have no effect: each batch is learnt in one update, where probability ratios are 1; steps_per_generation=4 cuts it into four." in lines
@@ -392,7 +394,7 @@ def test_chat_template_and_call_format_reach_the_trainer(tmp_path):
     "A file, or the text; without one the trainer is asked for none."
     (tmp_path / "my template.jinja").write_text("{{ messages }}")
     for said, wanted in ((str(tmp_path / "my template.jinja"), "{{ messages }}"), ("{% if messages %}{% endif %}", "{% if messages %}{% endif %}"), ("null", None), (None, None)):
-        given = read_settings([f"output_dir={tmp_path}", "call_format=xml"] + ([f"chat_template={said}"] if said else []))
+        given = read_train_settings([f"output_dir={tmp_path}", "call_format=xml"] + ([f"chat_template={said}"] if said else []))
         arguments = trainer_arguments(given)
         assert arguments.get("chat_template") == wanted and ("chat_template" in arguments) == (wanted is not None) and arguments["args"].call_format == "xml"
 
@@ -401,7 +403,7 @@ def test_chat_template_and_call_format_reach_the_trainer(tmp_path):
 
 
 def test_checkpoints_end_batches_of_rollouts(tmp_path):
-    every = lambda name, **more: preset_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path), save_strategy="steps") | more).args
+    every = lambda name, **more: recipe_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path), save_strategy="steps") | more).args
     args = every("tool_rl_box", steps_per_generation="3")
     assert (args.save_steps, args.save_total_limit) == (51, 2)
     assert every("gtpo").save_steps == 50 and every("gtpo", save_steps="5", steps_per_generation="4", gradient_accumulation_steps="2").save_steps == 6
@@ -410,17 +412,17 @@ def test_checkpoints_end_batches_of_rollouts(tmp_path):
 def test_a_recipe_without_rounds_goes_on(tmp_path, monkeypatch, capsys):
     "Interrupted in the second step of three, and gone on with: the weights and the record of a run without interruption, in one folder; once more, and nothing happens."
     given = lambda name, **more: SMALL | dict(recipe="arpo", save_strategy="steps", save_steps="1", learning_rate="1e-3", output_dir=str(tmp_path / name)) | more
-    whole, real = train_preset(given("whole")), RewardBar.on_step_end
+    whole, real = train_recipe(given("whole")), RewardBar.on_step_end
     def stop(self, args, state, control, **kwargs):
         if state.global_step == 2: raise KeyboardInterrupt
         real(self, args, state, control, **kwargs)
     monkeypatch.setattr(RewardBar, "on_step_end", stop)
-    with pytest.raises(KeyboardInterrupt): train_preset(given("cut"))
+    with pytest.raises(KeyboardInterrupt): train_recipe(given("cut"))
     monkeypatch.setattr(RewardBar, "on_step_end", real)
-    with pytest.raises(ValueError, match="already holds a run; go on with it by --resume"): train_preset(given("cut"))
-    with pytest.raises(ValueError, match="learning_rate is 1e-4, and was 1e-3 when .* was begun"): train_preset(given("cut", learning_rate="1e-4"), resume=True)
+    with pytest.raises(ValueError, match="already holds a run"): train_recipe(given("cut"))
+    with pytest.raises(ValueError, match="learning_rate is 1e-4, and was 1e-3 when .* was begun"): train_recipe(given("cut", learning_rate="1e-4"), resume=True)
     for _ in range(2):
-        t = train_preset(given("cut"), resume=True)
+        t = train_recipe(given("cut"), resume=True)
         assert t.state.global_step == 3 and all(torch.equal(a, b) for a, b in zip(t.model.parameters(), whole.model.parameters()))
         ours, theirs = (open_run(x.run_dir).index().sort_values("id") for x in (t, whole))
         assert ours.id.tolist() == theirs.id.tolist() and ours.task.tolist() == theirs.task.tolist() and ours.tokens.tolist() == theirs.tokens.tolist()
