@@ -209,9 +209,9 @@ class CollapseMonitor(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, optimizer=None, lr_scheduler=None, **kwargs):
         if not logs or any(k.startswith("eval_") for k in logs): return
-        found = self.detectors.update(state.global_step + (self.trainer._offset if self.trainer else 0), logs)
+        found = self.detectors.update(state.global_step + (self.trainer.step_offset if self.trainer else 0), logs)
         if not found: return
-        if self.trainer: found = [replace(a, culprits=gather_object(self.trainer._watch.culprits(a.signal))) for a in found]   # all processes hear the same alarms
+        if self.trainer: found = [replace(a, culprits=gather_object(self.trainer.watch.culprits(a.signal))) for a in found]   # all processes hear the same alarms
         self.alarms += found
         warnings.warn("Collapse alarm, " + "; ".join(map(str, found[:3])), stacklevel=2)
         if state.is_world_process_zero and self.trainer and self.trainer.run_dir and self.trainer.args.trace:

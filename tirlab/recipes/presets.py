@@ -449,7 +449,7 @@ def train_preset(
     if resume: given = resumed(given)
     elif "output_dir" in given: _check_new(given["output_dir"])
     trainer = preset_trainer(given)
-    out, bar = trainer.args.output_dir, RewardBar(plan and plan.steps, lambda: trainer._offset)
+    out, bar = trainer.args.output_dir, RewardBar(plan and plan.steps, lambda: trainer.step_offset)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar)
     effects = _effects(trainer, given, plan)
