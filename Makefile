@@ -12,13 +12,15 @@ test test-slow: export HF_DATASETS_OFFLINE = 1
 # Tests run in as many processes as there are cores, and each in one thread.
 test: export OMP_NUM_THREADS = 1
 
+comma := ,
+
 # $(call step,TITLE,COMMAND,WHAT TO DO WHEN IT FAILS)
 define step
 	@printf '\n-- %s\n' "$(1)"; start=$$SECONDS; $(2) || { printf '\nmake $@ stopped at "%s": %s\n' "$(1)" "$(3)" >&2; exit 1; }; \
 	printf -- '-- done in %s s\n' $$((SECONDS - start))
 endef
 
-.PHONY: help demo test test-slow test-vllm bench lint export readme clean
+.PHONY: help demo test test-slow test-vllm docs bench lint export readme clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +34,7 @@ test: .venv/.has-dev  ## all checks, as in CI: style, notebooks in step with mod
 	$(call step,notebooks and modules agree,scripts/in_step,commit what has just been brought into step)
 	$(call step,README.md is made from nbs/index.ipynb,scripts/readme --check,run 'make readme' and commit)
 	$(call step,notebooks run,nbdev-test --n-workers 2,run the notebook named above and repair the cell)
-	$(call step,tests,pytest -q -n auto --maxprocesses 8 --dist loadfile,repair what pytest names; 'pytest -x FILE' runs one file)
+	$(call step,tests,pytest -q -n auto --maxprocesses 8 --dist loadfile --durations 10,repair what pytest names; 'pytest -x FILE' runs one file)
 	@printf '\nAll good.\n'
 
 test-slow: .venv/.has-dev  ## what takes minutes: tests marked slow, and the notebooks' cells marked `#| slow`
@@ -44,6 +46,10 @@ test-slow: .venv/.has-dev  ## what takes minutes: tests marked slow, and the not
 test-vllm: .venv-vllm/.has-vllm  ## the real vLLM on a CPU: both engines, servers, training; the first time it is installed
 	$(call step,the real vLLM,OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm tests/vllm_cpu,repair what pytest names)
 	@printf '\nAll good.\n'
+
+docs: .venv/.has-dev  ## the documentation as a site, in site/index.html; links are checked, nothing is fetched
+	$(call step,site,NO_MKDOCS_2_WARNING=1 mkdocs build -q,repair the page or link that mkdocs names)
+	$(call step,links,scripts/docs/links.py site,repair the link where it stands: in a notebook$(comma) in docs/ or in a docstring)
 
 bench: .venv/.has-dev  ## measure tirlab against its peers, and keep the figures in benchmarks/; takes minutes, wants an idle machine
 	@scripts/bench
@@ -58,7 +64,7 @@ readme: .venv/.has-dev  ## write README.md from nbs/index.ipynb
 	@scripts/readme
 
 clean:  ## remove what was built, but not .venv
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	find app nbs scripts tests tirlab -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 # The real vLLM has an environment of its own.

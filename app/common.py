@@ -1,4 +1,4 @@
-"""What the pages share: the run, its status as a badge, links from page to page, bookmarks, and one way of saying that something is missing."""
+"""Parts that all pages share: the current run, its status as a badge, links between pages, bookmarks, and one form for messages."""
 import html
 import re
 import sys
@@ -11,37 +11,37 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from tirlab.traces.annotations import bookmark, read_bookmarks
 from tirlab.traces.run import Run, RunError, open_run
 
-STATUS = {   # status -> icon, colour, what it means
+STATUS = {   # status -> icon, colour, label
     "running": (":material/play_circle:", "green", "running"),
     "finished": (":material/check_circle:", "blue", "finished"),
     "interrupted": (":material/stop_circle:", "orange", "interrupted"),
     "failed": (":material/error:", "red", "crashed"),
-    "stalled": (":material/hourglass_disabled:", "orange", "stalled: no sign of life"),
+    "stalled": (":material/hourglass_disabled:", "orange", "stalled: no heartbeat"),
 }
-NOTHING_YET = "No trajectory was written yet. They appear here as soon as the first step is done."
+NOTHING_YET = "No trajectory was written yet. Trajectories appear here as soon as the first step is done."
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
 def open_cached(path: str) -> Run:
-    "A run folder, opened once for all pages and readers."
+    "Open a run folder, once for all pages and readers."
     return open_run(path)
 
 
 def run_name(path: Path) -> str:
-    "What a run is called: its folder; a folder named by the clock alone says nothing, so the one above goes along."
+    "Return the name of a run: that of its folder, with the folder above where the name is a mere date and time."
     return f"{path.parent.name}/{path.name}" if re.fullmatch(r"run-\d{8}-\d{6}(-\d+)?", path.name) else path.name
 
 
 def run_paths() -> dict[str, str]:
-    "Name -> folder of each run this app was started for; of two with one name the second is told by its whole path."
+    "Return name -> folder of each run this app was started for; where two have one name, the second is named by its whole path."
     found = {}
     for path in dict.fromkeys(Path(p).resolve() for p in sys.argv[1:]):
         found[str(path) if run_name(path) in found else run_name(path)] = str(path)
     return found
 
 
-def the_run() -> Run:
-    "The run that is looked at. Stops the page with a plain sentence if there is none."
+def current_run() -> Run:
+    "Return the run that the page shows; stop the page with one sentence if there is none."
     paths = run_paths()
     try:
         if not paths:
@@ -55,7 +55,7 @@ def the_run() -> Run:
 
 
 def chosen_run() -> str:
-    "Name of the run that is looked at; the address decides, then what was chosen before."
+    "Return the name of the current run: from the address, otherwise the one chosen before."
     paths = run_paths()
     for name in (st.query_params.get("run"), st.session_state.get("chosen run")):
         if name in paths:
@@ -65,64 +65,64 @@ def chosen_run() -> str:
 
 
 def choose_run():
-    "With several runs: a box to choose one of them, above each page."
+    "Show a box to choose a run above each page, where there are several."
     if len(paths := run_paths()) > 1:
-        def turn():
+        def switch():
             name = st.session_state["run box"]
             st.session_state["chosen run"] = name
             st.query_params.clear()
             st.query_params["run"] = name
         names = list(paths)
         st.session_state["run box"] = chosen_run()
-        st.selectbox("Run", names, key="run box", on_change=turn, label_visibility="collapsed", width=420)
+        st.selectbox("Run", names, key="run box", on_change=switch, label_visibility="collapsed", width=420)
 
 
 def params(**values) -> dict[str, str]:
-    "Query of a page: what is not None, and the run where there are several."
+    "Return the query of a page: the values that are not None, and the run where there are several."
     mine = {"run": chosen_run()} if len(run_paths()) > 1 else {}
     return mine | {k: str(v) for k, v in values.items() if v is not None}
 
 
 def go_to(page: str, **query):
-    "Turn to a page: `go_to('steps', step=3)`."
+    "Open a page: `go_to('steps', step=3)`."
     st.switch_page(f"{page}.py", query_params=params(**query))
 
 
 def link(page: str, label: str, icon: str | None = None, help: str | None = None, **query):
-    "A link to a page: `link('steps', 'Step 3', step=3)`."
+    "Show a link to a page: `link('steps', 'Step 3', step=3)`."
     st.page_link(f"{page}.py", label=plain(label), icon=icon, help=help, query_params=params(**query), width="content")
 
 
 def link_trajectory(id: str, label: str | None = None, **query):
-    "A link to a trajectory; `metric`, `turn` and `token` say where in it."
+    "Show a link to a trajectory; `metric`, `turn` and `token` say where in it."
     link("trajectory", label or id, icon=":material/forum:", id=id, **query)
 
 
 def ready(page: str, **facts):
-    "A mark for whoever waits for the page: `.tirlab-ready[data-page=...]`, with facts such as data-step."
-    told = "".join(f' data-{k}="{html.escape(str(v))}"' for k, v in facts.items())
-    st.html(f'<span class="tirlab-ready" data-page="{page}"{told}></span>')
+    "Test hook: the page has rendered. Tests and screenshots wait for `.tirlab-ready[data-page=...]`, with facts such as data-step."
+    attributes = "".join(f' data-{k}="{html.escape(str(v))}"' for k, v in facts.items())
+    st.html(f'<span class="tirlab-ready" data-page="{page}"{attributes}></span>')
 
 
 def stop(text: str, icon: str = ":material/info:"):
-    "Say one sentence and end the page."
+    "Show one sentence and end the page."
     st.info(plain(text), icon=icon)
     st.stop()
 
 
 def plain(text: str) -> str:
-    "Text that Markdown shows as it is."
+    "Escape text so that Markdown shows it as it is."
     return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|~<>$:&" else c for c in text)
 
 
-def number(name: str) -> int | None:
-    "A whole number from the address of the page, None if there is none."
+def query_int(name: str) -> int | None:
+    "Return a whole number from the address of the page, None if there is none."
     text = st.query_params.get(name, "")
     return int(text) if text.isdigit() and len(text) < 12 else None
 
 
 def span(seconds: float) -> str:
-    "A span of time in words: 5 s, 3 min, 2 h, 4 days."
+    "Format a span of time: 5 s, 3 min, 2 h, 4 days."
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -130,21 +130,22 @@ def span(seconds: float) -> str:
 
 
 def badge(run: Run) -> str:
-    "Show how the run is, and return its status."
+    "Show the status of the run, and return it."
     meta, status = run.meta(), run.status()
-    icon, color, words = STATUS.get(status, (":material/help:", "gray", plain(str(status))))
+    icon, color, label = STATUS.get(status, (":material/help:", "gray", plain(str(status))))
     beat = meta.get("heartbeat", meta.get("created", 0))
-    heard = "last sign of life" if status in ("running", "stalled") else "ended"
+    last = "last heartbeat" if status in ("running", "stalled") else "ended"
     with st.container(horizontal=True, vertical_alignment="center", gap="small", width="content"):
-        st.badge(words, icon=icon, color=color)
-        st.caption(f"step {meta.get('step', 0)} · {heard} {span(time.time() - beat)} ago", width="content")
+        st.badge(label, icon=icon, color=color)
+        st.caption(f"step {meta.get('step', 0)} · {last} {span(time.time() - beat)} ago", width="content")
     return status
 
 
 def watch(run: Run, seen, show=lambda: None):
-    """While the run goes on, draw the page anew as soon as `seen()` is something else than now. A tick draws only `show()`, so nothing flickers and no click is lost.
-    The first thing on every page: what is written while the page is drawn is then seen too, and the tick is the same fragment on all pages. That matters after
-    turning to another page: a late tick of the one that was left makes Streamlit empty the new one, and the next tick has to draw it again."""
+    """Redraw the page of a live run as soon as the value of `seen()` changes. A tick draws only `show()`, so nothing flickers and no click is lost.
+
+    Call it first on every page: then it also notices what is written while the page is drawn, and the tick is the same fragment on all pages. That matters when
+    the reader opens another page: a late tick of the page that was left makes Streamlit empty the new one, and the next tick has to draw it again."""
     was, page, emptied = seen(), get_script_run_ctx().page_script_hash, False
 
     def tick():
@@ -158,7 +159,7 @@ def watch(run: Run, seen, show=lambda: None):
 
 
 def bookmarks(run: Run) -> dict[str, dict]:
-    "The bookmarks of a run; a sentence where they cannot be read."
+    "Return the bookmarks of a run; show a warning where they cannot be read."
     try:
         return read_bookmarks(run.path)
     except RunError as e:
@@ -167,7 +168,7 @@ def bookmarks(run: Run) -> dict[str, dict]:
 
 
 def bookmark_button(run: Run, id: str, view=lambda: ""):
-    "A small form to mark a trajectory with a note, or to take the mark away; `view` gives the query of what is seen when it is asked."
+    "Show a form to bookmark a trajectory with a note, or to remove the bookmark; `view` returns the query of the current view."
     kept = bookmarks(run)
 
     def keep(note):
@@ -179,7 +180,7 @@ def bookmark_button(run: Run, id: str, view=lambda: ""):
         key = f"note of {id}"
         st.text_area("Note, kept in the run folder", kept.get(id, {}).get("note", ""), key=key)
         with st.container(horizontal=True):
-            st.button("Keep", key=f"keep {id}", type="primary", on_click=lambda: keep(st.session_state[key]))
+            st.button("Save", key=f"keep {id}", type="primary", on_click=lambda: keep(st.session_state[key]))
             if id in kept:
                 st.button("Remove", key=f"remove {id}", on_click=lambda: keep(None))
     if trouble := st.session_state.pop("bookmark trouble", None):

@@ -1,10 +1,10 @@
-"""Several runs over one another, what they were told differently, and one prompt through all steps."""
+"""Compare several runs: their curves, the settings in which they differ, and one prompt through all steps."""
 from pathlib import Path
 
 import streamlit as st
 
 from tirlab.traces.annotations import config_diff
-from tirlab.app.common import NOTHING_YET, chosen_run, go_to, open_cached, plain, ready, run_name, run_paths, stop, the_run, watch
+from tirlab.app.common import NOTHING_YET, chosen_run, go_to, open_cached, plain, ready, run_name, run_paths, stop, current_run, watch
 from tirlab.plots.runs import compare, task_rewards
 from tirlab.traces.run import RunError
 
@@ -12,26 +12,26 @@ METRICS = {"reward": "Reward", "entropy": "Entropy, nats a token", "grad_norm": 
            "tools/call_frequency": "Calls a trajectory", "tools/failure_frequency": "Failed calls", "completions/mean_length": "Tokens a completion"}
 SIBLINGS, TASKS = 40, 300   # folders beside the run, tasks to choose from: at most
 
-run = the_run()
+run = current_run()
 watch(run, lambda: None)
 
 
 @st.cache_data(ttl=20, show_spinner=False)
 def beside(path: str) -> dict[str, str]:
-    "Name -> folder of the runs in the folder above, the newest first."
+    "Return name -> folder of the runs in the folder above, the newest first."
     here = Path(path).resolve()
-    lone = run_name(here) != here.name   # a run by the clock in an output folder of its own: the others are in the folders beside that
+    lone = run_name(here) != here.name   # a run named by date in an output folder of its own: the others are in the folders beside that
     found = [*here.parent.glob("*/meta.json"), *(here.parent.parent.glob("*/run-*/meta.json") if lone else ())]
     newest = sorted(dict.fromkeys(found), key=lambda p: -p.stat().st_mtime)[:SIBLINGS]
     return {run_name(p.parent): str(p.parent) for p in newest if p.parent != here}
 
 
 def opened() -> dict:
-    "Name -> run, of those that were chosen; the one looked at is always there."
+    "Return name -> run of the chosen runs; the current one is always among them."
     known = {chosen_run(): str(run.path)} | run_paths() | {k: v for k, v in beside(str(run.path)).items() if v not in run_paths().values()}
     others = [name for name in known if name != chosen_run()]
-    told = [name for name in run_paths() if name != chosen_run()]
-    chosen = st.multiselect("Compared with", others, default=told, key="with", bind="query-params", placeholder="choose runs",
+    started = [name for name in run_paths() if name != chosen_run()]
+    chosen = st.multiselect("Compared with", others, default=started, key="with", bind="query-params", placeholder="choose runs",
                             help="The runs this app was started for, and those in the same folder") if others else []
     runs = {}
     for name in [chosen_run(), *chosen]:
@@ -47,7 +47,7 @@ def opened() -> dict:
 
 
 def curves(runs):
-    "The metrics of all runs."
+    "Show the metrics of all runs."
     logged = {name: r.metrics() for name, r in runs.items()}
     names = sorted({c for m in logged.values() for c in m if c not in ("step", "time", "split") and m[c].notna().any()})
     if not names:
@@ -59,20 +59,21 @@ def curves(runs):
 
 
 def differences(runs):
-    "What was set differently."
+    "Show the settings in which the runs differ."
     if len(runs) < 2:
         return
     table = config_diff({name: r.meta() for name, r in runs.items()})
-    with st.expander(f"{len(table)} setting{'s' * (len(table) != 1)} differ{'s' * (len(table) == 1)}" if len(table) else "The same settings", icon=":material/difference:", expanded=0 < len(table) <= 12):
+    label = f"{len(table)} setting{'s' * (len(table) != 1)} differ{'s' * (len(table) == 1)}" if len(table) else "The same settings"
+    with st.expander(label, icon=":material/difference:", expanded=0 < len(table) <= 12):
         if len(table):
             st.dataframe(table, width="stretch", height=min(38 + 35 * len(table), 430), column_config={"_index": st.column_config.TextColumn("Setting", width=260)})
         else:
-            st.caption("Model, settings and versions are equal; what differs is chance, or the code.")
+            st.caption("Model, settings and versions are equal; the runs differ by chance, or by the code.")
 
 
 @st.cache_data(max_entries=8, show_spinner=False)
 def tasks_of(path: str, size: int, _index) -> dict[str, str]:
-    "Task -> its prompt, of those that came back, the most frequent first."
+    "Return task -> its prompt, for tasks of at least two steps, the most frequent first."
     known = _index[_index.task.notna()]
     by = known.groupby("task", sort=False).agg(steps=("step", "nunique"), prompt=("prompt", "first"))
     by = by[by.steps > 1].sort_values("steps", ascending=False, kind="stable").head(TASKS)
@@ -80,16 +81,16 @@ def tasks_of(path: str, size: int, _index) -> dict[str, str]:
 
 
 def one_prompt(runs):
-    "The same prompt through training."
+    "Show the rewards of one prompt through training."
     indices = {name: r.index() for name, r in runs.items()}
     tasks = {}
     for name, index in indices.items():
         tasks = tasks | tasks_of(str(runs[name].path), len(index), index)
     st.markdown("##### One prompt through all steps")
-    if (asked := st.query_params.get("task")) and asked not in tasks:   # a link to one that did not come back
+    if (asked := st.query_params.get("task")) and asked not in tasks:   # a link to a prompt of a single step
         tasks = tasks | {asked: asked}
     if not tasks:
-        st.caption("No prompt came back in a later step so far, or prompts have no names in this run.")
+        st.caption("No prompt came back in a later step yet, or the tasks of this run have no names.")
         return
     task = st.selectbox("Prompt", list(tasks), format_func=tasks.get, key="task", bind="query-params", label_visibility="collapsed")
     rows = {name: index[index.task == task] for name, index in indices.items()}

@@ -1,10 +1,10 @@
-"""What was sampled and not learnt from, wholly or in part, and why."""
+"""Show the trajectories that were dropped from the loss, or tokens of which were masked, with the reason."""
 import numpy as np
 import pandas as pd
 import streamlit as st
 
-from tirlab.app.common import NOTHING_YET, go_to, ready, stop, the_run, watch
-from tirlab.plots.runs import left_out, reason_kinds
+from tirlab.app.common import NOTHING_YET, go_to, ready, stop, current_run, watch
+from tirlab.plots.runs import dropped_rollouts, reason_kinds
 
 COLUMNS = {
     "step": st.column_config.NumberColumn("Step", format="%d", width=60),
@@ -19,27 +19,28 @@ COLUMNS = {
 }
 MOST = 1000   # rows that are sent to the browser
 
-run = the_run()
+run = current_run()
 watch(run, lambda: len(run.steps()))
 index, steps = run.index(), run.steps()
 if index.empty:
     stop(NOTHING_YET, ":material/hourglass_empty:")
-lost = index[index.dropped.notna()]
-if lost.empty:
+dropped = index[index.dropped.notna()]
+if dropped.empty:
     ready("dropped", shown=0)
-    stop("Nothing was left out of the loss: every trajectory of this run was learnt from.", ":material/check_circle:")
+    stop("No trajectory was dropped or masked: all of them are in the loss.", ":material/check_circle:")
 
-kinds = lost.dropped.map(dict((r, reason_kinds(r)) for r in lost.dropped.unique()))
+kinds = dropped.dropped.map({r: reason_kinds(r) for r in dropped.dropped.unique()})
 counts = pd.Series([k for ks in kinds for k in ks]).value_counts()
-st.caption(f"{len(lost):,} of {len(index):,} trajectories were left out of the loss, wholly or in part. One may have several reasons.")
-st.plotly_chart(left_out(steps), config={"displayModeBar": False}, key="reasons", alt="Dropped rollouts of each step, by reason")
+st.caption(f"{len(dropped):,} of {len(index):,} trajectories were dropped from the loss, or tokens of them masked. One may have several reasons.")
+st.plotly_chart(dropped_rollouts(steps), config={"displayModeBar": False}, key="reasons", alt="Dropped rollouts of each step, by reason")
 labels = {k: f"{k} ({n:,})" for k, n in counts.items()}
 chosen = st.pills("Reasons", list(labels), selection_mode="multi", format_func=labels.get, key="reason", bind="query-params", label_visibility="collapsed")
-shown = lost[[any(k in chosen for k in ks) for ks in kinds]] if chosen else lost
+shown = dropped[[any(k in chosen for k in ks) for ks in kinds]] if chosen else dropped
 shown = shown.iloc[np.argsort(-shown.step.to_numpy(), kind="stable")].reset_index(drop=True)
 page = shown.head(MOST)
 st.caption(f"{len(shown):,} trajectories" + f", the newest {MOST:,} are shown" * (len(shown) > MOST) + ". Click a row to open it.")
-event = st.dataframe(page[list(COLUMNS)], column_config=COLUMNS, hide_index=True, height=520, on_select="rerun", selection_mode="single-cell", key="dropped table")
+event = st.dataframe(page[list(COLUMNS)], column_config=COLUMNS, hide_index=True, height=520, on_select="rerun", selection_mode="single-cell",
+                     key="dropped table")
 if (cells := event.selection.cells) and cells[0][0] < len(page):
     go_to("trajectory", id=page.id.iloc[cells[0][0]])
 ready("dropped", shown=len(shown))

@@ -1,4 +1,4 @@
-"""Starts the app for one or several run folders, on this machine only."""
+"""Start the app for one or several run folders, on this machine only."""
 import importlib.util
 import os
 import signal
@@ -14,7 +14,7 @@ MAIN = Path(__file__).with_name("main.py")
 
 
 def free_port() -> int:
-    "8501 if nobody has it, else one that the system picks."
+    "Return 8501 if it is free, otherwise a port that the system picks."
     for port in (8501, 0):
         with socket.socket() as s:
             try:
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def folders(run_path: str | Path | list) -> list[Path]:
-    "Run folders as absolute paths."
+    "Return run folders as absolute paths."
     return [Path(p).resolve() for p in (run_path if isinstance(run_path, (list, tuple)) else [run_path])]
 
 
@@ -35,7 +35,7 @@ def command(
     port: int,                # port on 127.0.0.1
     headless: bool = False,   # do not open a browser
 ) -> list[str]:               # arguments of the process
-    "The command that serves the app: loopback only, no usage statistics, no question for an e-mail address."
+    "Return the command that serves the app: loopback only, no usage statistics, no prompt for an e-mail address."
     display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     options = {"server.address": "127.0.0.1", "server.port": port, "server.headless": str(headless or not display).lower(),
                "server.showEmailPrompt": "false", "server.fileWatcherType": "none", "browser.gatherUsageStats": "false",
@@ -61,7 +61,7 @@ def launch(
                 raise RunError(f"Port {port} is in use: give another one, or none to have one picked.")
     port = port or free_port()
     print(f"tirlab app: http://127.0.0.1:{port}  (Ctrl-C stops it)", flush=True)
-    if threading.current_thread() is threading.main_thread():   # a polite kill must not leave the server behind
+    if threading.current_thread() is threading.main_thread():   # SIGTERM must stop the server too
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     server = subprocess.Popen(command(run_path, port, headless), stdout=subprocess.DEVNULL)
     try:

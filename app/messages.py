@@ -1,11 +1,11 @@
-"""A trajectory as messages to read: raw, as Markdown, with formulas set, or its code alone."""
+"""Show a trajectory as messages: raw, as Markdown, with typeset formulas, or its code alone."""
 import re
 import unicodedata
 
 import streamlit as st
 
-from tirlab.app.common import number
-from tirlab.plots.figures import text_html
+from tirlab.app.common import query_int
+from tirlab.plots.token_html import text_html
 from tirlab.traces.rows import TraceRow
 from tirlab.plots.token_map import code_in, turn_list, turn_texts
 
@@ -16,27 +16,27 @@ _RAW = "white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font:13
 
 
 def inert(text: str) -> str:
-    "Text whose Markdown loads nothing from anywhere, and in which nothing is invisible."
-    text = text.replace("![", "!\u2060[")   # a word joiner: no image, and no address that is asked for one
+    "Make Markdown inert: it loads nothing, and every invisible character is shown."
+    text = text.replace("![", "!\u2060[")   # a word joiner: no image, so no address is requested
     return "".join(c if c in "\n\t\u200d\u200c\u2060" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"⟨{ord(c):X}⟩" for c in text)
 
 
 def outside_code(text: str, change) -> str:
-    "The text, changed everywhere but in its code."
+    "Change a text everywhere but in its code."
     return "".join(part if k % 2 else change(part) for k, part in enumerate(_CODE.split(text)))
 
 
 def formulas(text: str) -> str:
-    "LaTeX as models write it, with the delimiters that Markdown here knows."
+    "Rewrite LaTeX as models write it with the delimiters that Streamlit's Markdown knows."
     text = re.sub(r"\\\[(.*?)\\\]", r"\n$$\1$$\n", text, flags=re.DOTALL)
     text = re.sub(r"\\\((.*?)\\\)", r"$\1$", text)
     return re.sub(r"(?<![$\\\w])(\\boxed\{[^{}$]*\})(?!\$)", r"$\1$", text)
 
 
 def show(text: str, way: str) -> None:
-    "Show a text in one of the ways. None of them runs or loads anything the text asks for."
+    "Show a text in one of WAYS. None of them runs or loads anything."
     if way in ("markdown", "latex") and len(text) > LONGEST:
-        st.caption(f"{len(text):,} characters are too many to lay out; here they are as they were written.")
+        st.caption(f"{len(text):,} characters are too many to lay out; they are shown raw.")
         way = "raw"
     if way == "code":
         for code in code_in(text) or [text]:
@@ -51,17 +51,17 @@ def show(text: str, way: str) -> None:
 
 @st.fragment
 def message(key: str, who: str, text: str, error: bool, usual: str) -> None:
-    "One message with its own switch."
+    "Show one message with its own switch."
     with st.container(border=True):
         with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-            icon, color, words = {"assistant": (":material/smart_toy:", "blue", "model")}.get(who, (":material/build:", "gray", "tool"))
-            st.badge("error" if error else words, icon=":material/error:" if error else icon, color="red" if error else color)
+            icon, color, label = {"assistant": (":material/smart_toy:", "blue", "model")}.get(who, (":material/build:", "gray", "tool"))
+            st.badge("error" if error else label, icon=":material/error:" if error else icon, color="red" if error else color)
             way = st.segmented_control("Show as", list(WAYS), default=usual, format_func=WAYS.get, key=f"{key} {usual}", required=True, label_visibility="collapsed")
         show(text, way)
 
 
 def choice(name: str, options: list, **more) -> str:
-    "A switch whose position is part of the address; the first option is understood."
+    "Show a switch whose position is part of the address; the first option is the default."
     key, asked = f"choice {name}", st.query_params.get(name)
     if asked in options:
         st.session_state[key] = asked
@@ -78,13 +78,13 @@ def _go(turn: int) -> None:
 
 
 def messages(row: TraceRow) -> None:
-    "The turns of a trajectory as messages, from the chosen one on."
+    "Show the turns of a trajectory as messages, from the chosen one on."
     turns = turn_list(row)
     if not turns:
         st.caption("The completion is empty.")
         return
     numbers = [t["turn"] + 1 for t in turns]
-    first = asked if (asked := number("turn")) in numbers else numbers[0]
+    first = asked if (asked := query_int("turn")) in numbers else numbers[0]
     here = numbers.index(first)
     with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
         if len(turns) > 1:
@@ -96,9 +96,8 @@ def messages(row: TraceRow) -> None:
                       args=[numbers[min(here + 1, len(numbers) - 1)]], shortcut="l", key="turn+")
         usual = choice("as", list(WAYS), format_func=WAYS.get)
     for t in turns[here:here + AT_ONCE]:
-        earned = [f"{name} {t[name] + 0.0:+.2f}" for name in ("reward", "advantage") if t[name] is not None]
-        earned = [e.replace("-", "−") for e in earned]
-        st.caption(" · ".join([f"**Turn {t['turn'] + 1}**", *[t["kind"].replace("_", " ")] * bool(t["kind"]), *earned]).replace("<", r"\<"))
+        signed = [f"{name} {t[name] + 0.0:+.2f}".replace("-", "−") for name in ("reward", "advantage") if t[name] is not None]
+        st.caption(" · ".join([f"**Turn {t['turn'] + 1}**", *[t["kind"].replace("_", " ")] * bool(t["kind"]), *signed]).replace("<", r"\<"))
         for k, (who, text) in enumerate(turn_texts(row, t["turn"])):
             message(f"message {row.id} {t['turn']} {k}", who, text, k in t["errors"], usual)
     if (left := len(turns) - here - AT_ONCE) > 0:

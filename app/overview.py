@@ -1,10 +1,10 @@
-"""How the run is doing: status, last numbers, alarms, and nine panels over the steps. Follows a run that is going on; a click leads to the step."""
+"""Show a run at a glance: status, last numbers, alarms, and nine panels over the steps. The page follows a live run; a click opens the step."""
 from pathlib import Path
 
 import streamlit as st
 
-from tirlab.traces.annotations import read_alarms, taught
-from tirlab.app.common import badge, go_to, link, link_trajectory, plain, ready, run_name, run_paths, span, the_run, watch
+from tirlab.traces.annotations import read_alarms, sft_rounds
+from tirlab.app.common import badge, go_to, link, link_trajectory, plain, ready, run_name, run_paths, span, current_run, watch
 from tirlab.plots.runs import overview
 
 TILES = {   # metric -> title, format, what it is
@@ -18,19 +18,20 @@ TILES = {   # metric -> title, format, what it is
 }
 SHOWN = 3   # alarms that are shown at once
 
-run = the_run()
+run = current_run()
 
 
 def seen():
-    "What this page shows of the run; it is drawn anew when that changes."
-    return run.status(), run.meta().get("warning"), *((len(run.metrics()), len(run.steps())) if st.session_state.get("follow", True) else ()), st.session_state.get("follow", True)
+    "Return what the page depends on; it is redrawn when that changes."
+    follow = st.session_state.get("follow", True)
+    return run.status(), run.meta().get("warning"), *((len(run.metrics()), len(run.steps())) if follow else ()), follow
 
 
 def head():
-    "Which run, and how it is."
+    "Show the name and the status of the run."
     meta = run.meta()
     model, name = str(meta.get("model") or "unknown model"), run_name(run.path.resolve())
-    if len(run_paths()) < 2:   # else it is named above
+    if len(run_paths()) < 2:   # with several, the box above names it
         st.subheader(plain(name), anchor=False)
     with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
         status = badge(run)
@@ -40,9 +41,9 @@ def head():
     elif meta.get("warning"):
         st.warning(plain(str(meta["warning"])), icon=":material/warning:")
     elif status == "interrupted":
-        st.caption(f"Stopped at step {meta.get('step', 0)} before it was done. What it wrote until then is here.")
+        st.caption(f"Stopped at step {meta.get('step', 0)} before it was finished. The page shows what it had written by then.")
     elif status == "stalled":
-        st.caption("It says that it is running, but has not been heard of for a while: a very long step, or its process died.")
+        st.caption("The last heartbeat is some time ago: either the step is very long, or the process has died.")
 
 
 watch(run, seen, head)
@@ -51,7 +52,7 @@ ticking = run.status() in ("running", "stalled")
 
 
 def tiles(metrics, steps):
-    "The last value of each number, and how it changed over the last tenth of the run."
+    "Show the last value of each number, and its change over the last tenth of the run."
     train = metrics[metrics.split == "train"]
     if len(steps):
         train = train.merge(steps.loc[steps.split == "train", ["step", "positive"]], on="step", how="outer") if len(train) else steps
@@ -65,21 +66,21 @@ def tiles(metrics, steps):
 
 
 def alarm_line(alarm):
-    "One alarm, with links to the trajectories behind it."
-    number = lambda v: "?" if v is None else f"{v:.3g}"
+    "Show one alarm, with links to the trajectories that caused it."
+    digits = lambda v: "?" if v is None else f"{v:.3g}"
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.markdown(f"**Step {alarm['step']}:** `{alarm['signal'].replace('`', '')}` is {number(alarm['value'])}, usually {number(alarm['usual'])}", width="content")
-        link("steps", "the step", icon=":material/stacks:", step=alarm["step"])
+        st.markdown(f"**Step {alarm['step']}:** `{alarm['signal'].replace('`', '')}` is {digits(alarm['value'])}, usually {digits(alarm['usual'])}", width="content")
+        link("steps", "Open step", icon=":material/stacks:", step=alarm["step"])
         for c in alarm["culprits"][:3]:
             link_trajectory(c["id"], f"{c['id']}, token {c['position'] + 1}", token=c["position"])
 
 
 def banner(alarms):
-    "The newest alarms; the others folded."
+    "Show the newest alarms; fold the others."
     if not alarms:
         return
     with st.container(border=True, key="alarms"):
-        st.markdown(f":orange-badge[:material/warning: {len(alarms)} alarm{'s' * (len(alarms) > 1)}] A signal left its usual range; what did it is linked.")
+        st.markdown(f":orange-badge[:material/warning: {len(alarms)} alarm{'s' * (len(alarms) > 1)}] A signal left its usual range; the trajectories that caused it are linked.")
         for alarm in alarms[:-SHOWN - 1:-1]:
             alarm_line(alarm)
         if len(alarms) > SHOWN:
@@ -89,31 +90,31 @@ def banner(alarms):
 
 
 def totals(steps, now):
-    "What the run amounts to."
+    "Show the totals of the run."
     counts = {name: int(steps[name].sum()) for name in ("trajectories", "calls", "failed_calls", "tokens")}
-    said = (f"{counts['trajectories']:,} trajectories · {counts['calls']:,} tool calls, {counts['failed_calls']:,} of them failed · {counts['tokens']:,} tokens"
-            f" · ran for {span(now.get('heartbeat', 0) - now.get('created', 0))}")
-    st.caption(said + (f" · {run.skipped} damaged or foreign lines were left out." if run.skipped else ""))
+    total = (f"{counts['trajectories']:,} trajectories · {counts['calls']:,} tool calls, {counts['failed_calls']:,} of them failed · {counts['tokens']:,} tokens"
+             f" · ran for {span(now.get('heartbeat', 0) - now.get('created', 0))}")
+    st.caption(total + (f" · {run.skipped} damaged or foreign lines were skipped." if run.skipped else ""))
 
 
 def chosen(event) -> int | None:
-    "The step that was clicked."
+    "Return the step that was clicked."
     points = event.selection.points if event else []
     return round(points[0]["x"]) if points and isinstance(points[0].get("x"), (int, float)) else None
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def panels(path: str, size: tuple, _metrics, _steps, _alarms):
-    "The figure, made once for what there is to show."
-    return overview(_metrics, _steps, taught(_metrics), _alarms).update_layout(uirevision="run")
+    "Return the figure, made once for the same data."
+    return overview(_metrics, _steps, sft_rounds(_metrics), _alarms).update_layout(uirevision="run")
 
 
 def main():
     metrics, steps, alarms = run.metrics(), run.steps(), read_alarms(run.path)
     if metrics.empty and steps.empty:
-        st.info("Nothing was logged yet. This page fills by itself as soon as the first step is done.", icon=":material/hourglass_empty:")
+        st.info("Nothing was logged yet. This page fills itself as soon as the first step is done.", icon=":material/hourglass_empty:")
         return
-    if ticking and not st.session_state.get("follow", True):   # stay where the reader let go
+    if ticking and not st.session_state.get("follow", True):   # stay at the step at which following was switched off
         until = st.session_state.setdefault("frozen at", max(metrics.step.max(), steps.step.max()) if len(steps) else metrics.step.max())
         metrics, steps = metrics[metrics.step <= until], steps[steps.step <= until]
     else:
@@ -124,8 +125,10 @@ def main():
         st.caption("Click a line to open its step. Grey: every other round of RL. Narrow band: supervised training. Dotted: an alarm.", width="content")
         if ticking:
             st.toggle("Follow live", True, key="follow", persist_state="session", help="Off: the panels stay as they are while you read")
-    fig = panels(str(run.path), (meta.get("created"), len(metrics), len(steps), int(steps.trajectories.sum()), len(alarms)), metrics, steps, alarms)
-    event = st.plotly_chart(fig, config={"displayModeBar": False}, key="panels", on_select="rerun", selection_mode="points", alt="Nine panels of the run over its steps")
+    size = meta.get("created"), len(metrics), len(steps), int(steps.trajectories.sum()), len(alarms)
+    fig = panels(str(run.path), size, metrics, steps, alarms)
+    event = st.plotly_chart(fig, config={"displayModeBar": False}, key="panels", on_select="rerun", selection_mode="points",
+                            alt="Nine panels of the run over its steps")
     if (step := chosen(event)) is not None:
         go_to("steps", step=step)
     totals(steps, meta)

@@ -1,5 +1,6 @@
-/* The token map's frame, and how text and numbers are written in it; tokens.js goes on from here in the same module.
-   Whatever a policy wrote passes through `safe` before it becomes part of a page. */
+/* The frame of the token map, and how text and numbers are written in it. The other tokens*.js files follow in the same module.
+   Text of a policy passes through `safe` before it becomes part of a page. */
+const CLASSES = 32;   /* colours */
 const SIGNS = {"\n": "<i>↵</i>\n", "\t": "<i>⇥</i>\t", "\r": "<i>␍</i>", "\u200c": "\u200c", "\u200d": "\u200d",
                "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;", "\ufffd": "<i>\ufffd</i>"};
 const ODD = /[&<>"'\ufffd\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu, RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;

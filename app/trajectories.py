@@ -1,11 +1,11 @@
-"""Every trajectory of the run, to search and to open; everything that was asked for stands in the address. And what was bookmarked."""
+"""Search the trajectories of the run, and open one; all filters stand in the address. The bookmarks are here too."""
 import time
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
-from tirlab.app.common import NOTHING_YET, bookmarks, go_to, link_trajectory, plain, ready, span, stop, the_run, watch
+from tirlab.app.common import NOTHING_YET, bookmarks, go_to, link_trajectory, plain, ready, span, stop, current_run, watch
 from tirlab.plots.runs import STATES
 from tirlab.traces.search import find, find_text, places
 
@@ -24,7 +24,7 @@ COLUMNS = {
     "model_tokens": st.column_config.NumberColumn("Tokens", format="%d", width=65, help="Written by the model"),
     "mean_logprob": st.column_config.NumberColumn("Mean logprob", format="%.2f", width=100, help="Over what the model wrote, in nats"),
     "origin": st.column_config.TextColumn("Origin", width=90),
-    "dropped": st.column_config.TextColumn("Dropped", width=120, help="Why it was left out of the loss, wholly or in part"),
+    "dropped": st.column_config.TextColumn("Dropped", width=120, help="Why it was dropped from the loss, or tokens of it masked"),
     "environment": st.column_config.TextColumn("Environment", width=110),
     "split": st.column_config.TextColumn("Split", width=60),
     "id": st.column_config.TextColumn("Id", width=115),
@@ -32,7 +32,7 @@ COLUMNS = {
 MOST = 500   # rows that are sent to the browser
 BOUND = {"bind": "query-params"}
 
-run = the_run()
+run = current_run()
 watch(run, lambda: len(run.steps()) > 0)
 index = run.index()
 if index.empty:
@@ -41,23 +41,23 @@ if index.empty:
 
 @st.cache_data(max_entries=8, show_spinner=False)
 def choices(path: str, size: int, name: str) -> list:
-    "The different values of a column."
+    "Return the different values of a column."
     return sorted(str(v) for v in index[name].dropna().unique())
 
 
 def words(name: str, label: str) -> list:
-    "Values of a column that are wanted, none for any."
+    "Show a filter on the values of a column; none chosen means any."
     options = choices(str(run.path), len(index), name)
     return st.multiselect(label, options, key=name, width=200, placeholder="all", **BOUND) if len(options) > 1 else []
 
 
-def asked() -> dict:
-    "What is asked for, as arguments of `find`."
+def filters() -> dict:
+    "Show the filters, and return them as arguments of `find`."
     first, last = int(index.step.min()), int(index.step.max())
     rewards, found = index.reward[np.isfinite(index.reward)], {}   # a slider has no place for infinity
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         found["text"] = st.text_input("Text", key="text", width=300, icon=":material/search:", placeholder="regular expression", **BOUND,
-                                      help="In the beginnings of prompt and last turn, the reference, the id and the task; with a single step chosen, in the whole text")
+                                      help="In the beginnings of prompt and last turn, the reference, the id and the task; in the whole text if a single step is chosen")
         if last > first:
             found["steps"] = st.slider("Steps", first, last, (first, last), key="steps", width=230, **BOUND)
         if rewards.nunique() > 1:
@@ -68,24 +68,24 @@ def asked() -> dict:
             found[name] = words(name, label)
         found["kinds"] = st.multiselect("Turn kind", list(STATES), key="kinds", format_func=lambda k: k.replace("_", " "), width=200, placeholder="all", **BOUND)
         found["failed"] = st.toggle("Tool errors", key="failed", help="A tool call failed", **BOUND)
-        found["dropped"] = st.toggle("Dropped", key="dropped", help="Left out of the loss, wholly or in part", **BOUND)
+        found["dropped"] = st.toggle("Dropped or masked", key="dropped", help="Dropped from the loss, or tokens of it masked", **BOUND)
     return found
 
 
 def look(query: dict) -> tuple[pd.DataFrame, int]:
-    "The first of the rows that are wanted, and how many there are; of a single step by the whole text."
+    "Return the first matching rows and their number; search the whole text where a single step is chosen."
     steps, text = query.get("steps"), query["text"]
     if text and (index.step.nunique() == 1 or steps and steps[0] == steps[1]):
-        wanted, lost = find_text(run, find(index, **query | {"text": ""}), text)
+        found, lost = find_text(run, find(index, **query | {"text": ""}), text)
         if lost:
-            st.caption(plain(f"Not searched, for they cannot be read: {', '.join(lost)}"))
-        return wanted.head(MOST), len(wanted)
+            st.caption(plain(f"Not searched, because they cannot be read: {', '.join(lost)}"))
+        return found.head(MOST), len(found)
     found = places(index, **query)
     return index.take(found[:MOST]).reset_index(drop=True), len(found)
 
 
-def marked():
-    "The bookmarks of the run."
+def show_bookmarks():
+    "Show the bookmarks of the run."
     kept = bookmarks(run)
     if not kept:
         return
@@ -99,13 +99,13 @@ def marked():
 
 @st.fragment(run_every=2.0 if run.status() in ("running", "stalled") else None)
 def news(shown: int):
-    "Say that there is more by now; the table itself stays still under the reader's hand."
+    "Offer the trajectories written since; the table itself does not change while somebody reads it."
     if (more := len(run.index()) - shown) > 0 and st.button(f"Show {more} new trajectories", icon=":material/refresh:", key="more"):
         st.rerun()
 
 
-marked()
-query = asked()
+show_bookmarks()
+query = filters()
 try:
     page, count = look(query)
 except ValueError as e:
@@ -116,12 +116,13 @@ with st.container(horizontal=True, vertical_alignment="center"):
     news(len(index))
 if page.empty:
     ready("trajectories", shown=0)
-    stop("No trajectory fits these filters.", ":material/filter_alt_off:")
+    stop("No trajectory matches these filters.", ":material/filter_alt_off:")
 
 several = {name for name in ("split", "environment", "origin") if len(choices(str(run.path), len(index), name)) > 1}
-telling = [c for c in COLUMNS if c in page and page[c].notna().any() and (c not in ("split", "environment", "origin") or c in several)]
-words_of = {c: page[c].fillna("") for c in ("dropped", "answer", "stop", "origin") if c in telling}   # an empty cell rather than "None"
-event = st.dataframe(page[telling].assign(**words_of), column_order=telling, column_config=COLUMNS, hide_index=True, height=640, on_select="rerun", selection_mode="single-cell", key="table")
+shown = [c for c in COLUMNS if c in page and page[c].notna().any() and (c not in ("split", "environment", "origin") or c in several)]
+words_of = {c: page[c].fillna("") for c in ("dropped", "answer", "stop", "origin") if c in shown}   # an empty cell rather than "None"
+event = st.dataframe(page[shown].assign(**words_of), column_order=shown, column_config=COLUMNS, hide_index=True, height=640, on_select="rerun",
+                     selection_mode="single-cell", key="table")
 cells = event.selection.cells
 if cells and cells[0][0] < len(page):
     go_to("trajectory", id=page.id.iloc[cells[0][0]])

@@ -1,22 +1,22 @@
-"""One trajectory, turn by turn: where it comes from, what it earned, and a map of its tokens or its messages."""
+"""Show one trajectory, turn by turn: its origin, its rewards, and a map of its tokens or its messages."""
 import numpy as np
 import streamlit as st
 
-from tirlab.app.common import NOTHING_YET, bookmark_button, link, number, plain, ready, stop, the_run, watch
+from tirlab.app.common import NOTHING_YET, bookmark_button, current_run, link, plain, query_int, ready, stop, watch
 from tirlab.app.messages import choice, messages
 from tirlab.app.tokens import token_map
 from tirlab.traces.rows import unit_of
 from tirlab.traces.run import RunError
 
 GOOD_STOPS = ("answer",)
-ORIGINS = {   # origin -> icon, what it means
-    "hinted": (":material/lightbulb:", "It was told something the prompt does not say, and learns without it"),
-    "demonstration": (":material/school:", "Written by somebody else, learnt from by imitation"),
-    "replay": (":material/replay:", "Sampled earlier, taken up again"),
-    "reflection": (":material/psychology:", "The policy was shown its own mistakes first"),
+ORIGINS = {   # origin of an off-policy rollout -> icon, what it means
+    "hinted": (":material/lightbulb:", "Off-policy: sampled with a hint in the prompt, learnt without it"),
+    "demonstration": (":material/school:", "Off-policy: not sampled from this policy, learnt by imitation"),
+    "replay": (":material/replay:", "Off-policy: a rollout of an earlier step, replayed"),
+    "reflection": (":material/psychology:", "Off-policy: written with an analysis of failed rollouts"),
 }
 
-run = the_run()
+run = current_run()
 watch(run, lambda: len(run.steps()) > 0)
 index = run.index()
 if index.empty:
@@ -32,19 +32,19 @@ here = int(np.flatnonzero(order == mine)[0])
 
 
 def show(name: str):
-    "Turn to another trajectory; the address of the page goes along."
+    "Open another trajectory, and keep the rest of the address."
     kept = {k: v for k, v in st.query_params.to_dict().items() if k not in ("turn", "token")}
-    st.query_params.from_dict(kept | {"id": name})   # all at once: each change alone would be a step in the browser's history
+    st.query_params.from_dict(kept | {"id": name})   # all at once: each change would add an entry to the browser's history
 
 
 def go(label: str, icon: str, to: int, key: str, side: str = "left"):
-    "A button that turns to the trajectory at a place in the list."
+    "Show a button that opens the trajectory at a place in the list."
     there = [index.id.iloc[order[to]]] if 0 <= to < len(order) else []
     st.button(label, icon=icon, icon_position=side, disabled=not there, on_click=show, args=there, key=label, shortcut=key)
 
 
 def siblings():
-    "The other trajectories of the same prompt, with what each earned."
+    "Show the other trajectories of the same prompt, with their rewards."
     group = index[(index.step == row.step) & (index.split == row.split) & (index.group == row.group)].reset_index(drop=True)
     if len(group) < 2:
         return
@@ -60,14 +60,14 @@ def siblings():
 
 
 def badges():
-    "What it earned, how it ended, how it came to be, and whether anything was learnt from it."
+    "Show reward, advantage, stop reason, origin and whether it was dropped as badges."
     if row.reward is not None:
         best = row.reward > 0 and row.reward == index.reward.max()
         st.badge(f"reward {row.reward:g}", icon=":material/star:", color="green" if best else "gray")
-    told = [a for a in row.turn_advantages if a is not None and a == a]
-    if told:
-        width = f" to {max(told):+.2f}" * (max(told) - min(told) > .005)
-        st.badge(f"advantage {min(told):+.2f}{width}".replace("-", "−"), icon=":material/trending_up:", color="gray")
+    known = [a for a in row.turn_advantages if a is not None and a == a]
+    if known:
+        width = f" to {max(known):+.2f}" * (max(known) - min(known) > .005)
+        st.badge(f"advantage {min(known):+.2f}{width}".replace("-", "−"), icon=":material/trending_up:", color="gray")
     st.badge(plain(row.stop or "unknown stop"), icon=":material/flag:", color="blue" if row.stop in GOOD_STOPS else "orange")
     if row.failed_calls:
         st.badge(f"{row.failed_calls} of {row.calls} calls failed", icon=":material/build:", color="red")
@@ -80,17 +80,17 @@ def badges():
         icon, means = ORIGINS.get(row.origin, (None, None))
         st.badge(plain(row.origin), icon=icon, color="violet", help=means)
     if row.dropped:
-        st.badge(f"dropped: {plain(row.dropped)}", icon=":material/block:", color="red", help="It, or part of it, was left out of the loss")
+        st.badge(f"dropped or masked: {plain(row.dropped)}", icon=":material/block:", color="red", help="It was dropped from the loss, or tokens of it were masked")
     if row.notes:
-        with st.popover("Also on record", icon=":material/notes:"):
+        with st.popover("Notes", icon=":material/notes:"):
             st.text(row.notes)
     if row.hint:
-        with st.popover("What it was told", icon=":material/lightbulb:"):
+        with st.popover("Hint", icon=":material/lightbulb:"):
             st.text(row.hint)
 
 
 def header():
-    "Where it comes from, what it earned and how it ended."
+    "Show the id, the badges and the facts of the trajectory."
     facts, turning = st.columns([7, 4], vertical_alignment="top")
     with facts, st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.subheader(plain(row.id), anchor=False, width="content")
@@ -104,27 +104,27 @@ def header():
     parts += [f"tools took {row.tool_seconds:.2f} s"] if row.tool_seconds == row.tool_seconds else []                    # neither of the two
     parts += [f"{name} {value + 0.0:g}" for name, value in row.rewards.items() if value is not None]
     line, reference = index.iloc[mine], f" **Reference:** {plain(row.answer)}" if row.answer is not None else ""
-    st.caption(f"{plain(' · '.join(parts))}  \n**Asked:** {plain(str(line.prompt))}{reference}")
+    st.caption(f"{plain(' · '.join(parts))}  \n**Prompt:** {plain(str(line.prompt))}{reference}")
 
 
-def asked() -> dict:
-    "Where the reader stands, by the address."
-    return {"metric": st.query_params.get("metric"), "turn": number("turn"), "token": number("token")}
+def view_in_address() -> dict:
+    "Return the metric, turn and token that the address names."
+    return {"metric": st.query_params.get("metric"), "turn": query_int("turn"), "token": query_int("token")}
 
 
 def moved(at: dict):
-    "The reader went on: the address follows, so that the server knows what the browser shows."
-    if at["id"] != st.query_params.get("id", chosen):   # it comes late, from the trajectory before
+    "Write the reader's new position into the address, so that the server knows what the browser shows."
+    if at["id"] != st.query_params.get("id", chosen):   # a late event of the previous trajectory
         return
     now = st.query_params.to_dict() | {name: at[name] for name in ("id", "metric", "turn", "token")}
     st.query_params.from_dict({name: str(value) for name, value in now.items() if value not in (None, "")})
-    st.session_state["seen at"] = asked()
+    st.session_state["seen at"] = view_in_address()
     st.session_state["token metric"] = at["metric"]
 
 
 def place() -> dict:
-    "Where the map opens. It stays the same while the reader moves about in it: a changed one would send all tokens again."
-    now = asked()
+    "Return where the map opens. It stays the same while the reader moves in it, because a changed value would send all tokens again."
+    now = view_in_address()
     name = f"{run.path} {chosen}"
     if st.session_state.get("opened", (None,))[0] != name or st.session_state.get("seen at") != now:
         st.session_state["opened"] = (name, now | {"metric": now["metric"] or st.session_state.get("token metric")})

@@ -145,6 +145,6 @@ def test_strict_json_of_any_integer():
 
 
 def test_a_group_without_variance_may_hold_unscored_rollouts():
-    from tirlab.traces.steps import _rewards
+    from tirlab.traces.steps import reward_summary
     lines = [dict(reward=r, group=g) for g, rewards in enumerate([[None, 0.9, 0.9], [None, None], [0.1, None, 0.2]]) for r in rewards]
-    assert _rewards(lines)["level_groups"] == 1
+    assert reward_summary(lines)["level_groups"] == 1

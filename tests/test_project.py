@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -201,16 +202,40 @@ def test_the_tree_is_nobodys_machine():
     assert not found
 
 
-def test_the_wheel_holds_modules_app_and_policy(tmp_path):
-    copy = tmp_path / "copy"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "Build wheel and sdist from the files of the project; return their paths."
+    folder = tmp_path_factory.mktemp("dist")
     for path in tracked():
-        (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy / path.relative_to(ROOT))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(copy)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    wanted = {str(p.relative_to(ROOT)) for p in [*MODULES, *ROOT.glob("tirlab/*/__init__.py"), ROOT / "tirlab/all.py", *ROOT.glob("tirlab/tiny_policy/*")] if p.is_file()}
-    wanted |= {f"tirlab/{p.relative_to(ROOT)}" for p in [*APP, *ROOT.glob("app/*.js"), *ROOT.glob("app/*.css")]}
-    assert wanted <= names, f"not in the wheel: {sorted(wanted - names)}"
-    assert any(name.endswith("/LICENSE") for name in names)
+        (folder / "copy" / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / "copy" / path.relative_to(ROOT))
+    code = "import sys; from setuptools import build_meta; out = sys.argv[1]; build_meta.build_sdist(out); build_meta.build_wheel(out)"
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=folder / "copy", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
+
+
+def test_wheel_and_sdist_hold_modules_app_and_policy(built):
+    code = [*ROOT.glob("tirlab/**/*.py"), *(p for p in ROOT.glob("tirlab/tiny_policy/*") if p.is_file())]
+    app = [*APP, *ROOT.glob("app/*.js"), *ROOT.glob("app/*.css")]
+    wheel, sdist = (set(zipfile.ZipFile(built[0]).namelist()), {n.partition("/")[2] for n in tarfile.open(built[1]).getnames()})
+    in_wheel = {*(str(p.relative_to(ROOT)) for p in code), *(f"tirlab/{p.relative_to(ROOT)}" for p in app)}
+    in_sdist = {*(str(p.relative_to(ROOT)) for p in code + app), "README.md", "LICENSE", "pyproject.toml"}
+    assert in_wheel <= wheel, f"not in the wheel: {sorted(in_wheel - wheel)}"
+    assert in_sdist <= sdist, f"not in the sdist: {sorted(in_sdist - sdist)}"
+    assert any(name.endswith("/LICENSE") for name in wheel)
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_in_an_environment_of_its_own(built, tmp_path):
+    "Install the wheel without the checkout; the packages it depends on are those of this environment."
+    venv, env = tmp_path / "venv", {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "--python", venv / "bin/python", "install", "-q", "--no-deps", "--no-index", built[0]], check=True)
+    site = next(venv.glob("lib/python*/site-packages"))
+    (site / "dependencies.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    def run(*words): return subprocess.run([venv / "bin" / words[0], *words[1:]], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert run("python", "-c", "import tirlab.app; print(tirlab.__file__, tirlab.app.__file__)").stdout.count(str(site)) == 2
+    done = run("tirlab", "demo", "--steps", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert (Path(tmp_path, json.loads(done.stdout.splitlines()[-1])["run_dir"]) / "index.jsonl").exists()

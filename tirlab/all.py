@@ -1,46 +1,77 @@
-"Everything a user needs: `from tirlab.all import *`."
-from tirlab.algorithms.advantages import *
-from tirlab.rollout.calls import *
-from tirlab.rewards.confidence import *
-from tirlab.envs.bfcl import BFCLEnvironment as BFCLEnvironment, bfcl_reward as bfcl_reward, bfcl_tasks as bfcl_tasks
-from tirlab.collapse.monitor import Alarm as Alarm, CollapseMonitor as CollapseMonitor, Detectors as Detectors, collapse_began as collapse_began
-from tirlab.config.tir_config import *
-from tirlab.rollout.continuous import ContinuousEngine as ContinuousEngine
-from tirlab.rollout.drift import assert_masks as assert_masks, drift_check as drift_check, drift_check_model as drift_check_model
-from tirlab.rollout.endpoint import Endpoint as Endpoint
-from tirlab.rollout.engines import *
-from tirlab.envs.environments import *
-from tirlab.eval.estimates import Estimate as Estimate, interval as interval, majority_vote as majority_vote, pass_at_k as pass_at_k
-from tirlab.eval.results import compare_runs as compare_runs
-from tirlab.eval.runs import Sampler as Sampler, evaluate_run as evaluate_run
-from tirlab.eval.evaluate import Evaluation as Evaluation, evaluate as evaluate, evaluate_cells as evaluate_cells, restore as restore
-from tirlab.sandbox.executions import Execution as Execution, Limits as Limits, SandboxFault as SandboxFault, Status as Status
-from tirlab.plots.export import export_dataset as export_dataset, export_html as export_html
-from tirlab.core.formats import *
-from tirlab.traces.imports import import_traces as import_traces
-from tirlab.trainer.interleave import Interleave as Interleave, OnAlarm as OnAlarm
-from tirlab.sandbox.interpreters import Interpreter as Interpreter
-from tirlab.sandbox.remote import least_loaded as least_loaded, ray_nodes as ray_nodes, remote as remote
-from tirlab.collapse.interventions import Clamp as Clamp, clamps_from as clamps_from, random_clamps as random_clamps
-from tirlab.supervision.demonstrations import demonstrate as demonstrate, is_whole as is_whole
-from tirlab.envs.math_tasks import boxed as boxed, math_tasks as math_tasks
-from tirlab.rewards.patterns import pattern_judge as pattern_judge, pattern_shares as pattern_shares, reasoning_patterns as reasoning_patterns
-from tirlab.recipes.presets import PRESETS as PRESETS, preset as preset, preset_plan as preset_plan, preset_trainer as preset_trainer, train_preset as train_preset
-from tirlab.supervision.reflections import rule_writer as rule_writer
-from tirlab.rollout.writers import EndpointWriter as EndpointWriter
-from tirlab.rewards.outcome import *
-from tirlab.rollout.loop import *
-from tirlab.eval.scores import score_run as score_run
-from tirlab.rewards.shaping import *
-from tirlab.supervision.sft_rows import sft_rows as sft_rows
-from tirlab.sandbox.client import run_python as run_python, sandbox_level as sandbox_level
-from tirlab.supervision.lessons import DemonstrationSFT as DemonstrationSFT, ErroneousTrajectories as ErroneousTrajectories, Reflections as Reflections, RejectionSampling as RejectionSampling
-from tirlab.algorithms.prompts import Replay as Replay
-from tirlab.supervision.in_batch import AuxiliarySFT as AuxiliarySFT, Hints as Hints, OffPolicy as OffPolicy
-from tirlab.envs.tasks import *
-from tirlab.core.tiny import *
-from tirlab.traces.run import Run as Run, RunError as RunError, RunWriter as RunWriter, open_run as open_run
-from tirlab.trainer.trainer import *
-from tirlab.core.trajectory import *
-from tirlab.rollout.vllm import VLLMEngine as VLLMEngine
-from tirlab.rollout.vllm_servers import VLLMServerEngine as VLLMServerEngine
+"The names that a user has at hand: `from tirlab.all import *`. Everything else is imported from its package."
+from tirlab.core.trajectory import Trajectory
+from tirlab.core.formats import make_format
+from tirlab.core.tiny import tiny_policy
+from tirlab.sandbox.executions import Limits
+from tirlab.sandbox.client import run_python
+from tirlab.sandbox.remote import remote
+from tirlab.envs.environments import PythonEnvironment, python_environment
+from tirlab.envs.tasks import ENVIRONMENTS, make_tasks
+from tirlab.envs.math_tasks import math_tasks
+from tirlab.envs.bfcl import BFCLEnvironment, bfcl_reward, bfcl_tasks
+from tirlab.rollout.calls import RolloutLimits
+from tirlab.rollout.engines import GenerateEngine, Sampling
+from tirlab.rollout.continuous import ContinuousEngine
+from tirlab.rollout.vllm import VLLMEngine
+from tirlab.rollout.vllm_servers import VLLMServerEngine
+from tirlab.rollout.endpoint import Endpoint
+from tirlab.rollout.loop import rollouts
+from tirlab.rollout.drift import drift_check_model
+from tirlab.rollout.writers import EndpointWriter
+from tirlab.rewards.outcome import answer_reward, format_reward, function_reward, math_reward, tool_success_reward
+from tirlab.rewards.shaping import shaped_answer_reward
+from tirlab.algorithms.prompts import Replay
+from tirlab.config.tir_config import TIRConfig
+from tirlab.collapse.monitor import CollapseMonitor, Detectors, collapse_began
+from tirlab.collapse.interventions import Clamp
+from tirlab.traces.run import Run, open_run
+from tirlab.traces.imports import import_traces
+from tirlab.plots.figures import training_curves
+from tirlab.plots.token_html import token_html
+from tirlab.plots.export import export_dataset, export_html
+from tirlab.supervision.in_batch import AuxiliarySFT, Hints, OffPolicy
+from tirlab.supervision.demonstrations import demonstrate
+from tirlab.supervision.lessons import DemonstrationSFT, ErroneousTrajectories, Reflections, RejectionSampling
+from tirlab.trainer.trainer import TIRTrainer
+from tirlab.trainer.interleave import Interleave, OnAlarm
+from tirlab.eval.evaluate import evaluate, evaluate_cells
+from tirlab.eval.runs import evaluate_run
+from tirlab.eval.results import compare_runs
+from tirlab.eval.scores import score_run
+from tirlab.eval.estimates import majority_vote, pass_at_k
+from tirlab.recipes.presets import preset_trainer, train_preset
+
+__all__ = [
+    # core
+    "Trajectory", "make_format", "tiny_policy",
+    # sandbox
+    "Limits", "run_python", "remote",
+    # envs
+    "PythonEnvironment", "python_environment", "ENVIRONMENTS", "make_tasks", "math_tasks", "BFCLEnvironment",
+    "bfcl_reward", "bfcl_tasks",
+    # rollout
+    "RolloutLimits", "GenerateEngine", "Sampling", "ContinuousEngine", "VLLMEngine", "VLLMServerEngine", "Endpoint",
+    "rollouts", "drift_check_model", "EndpointWriter",
+    # rewards
+    "answer_reward", "format_reward", "function_reward", "math_reward", "tool_success_reward",
+    "shaped_answer_reward",
+    # algorithms
+    "Replay",
+    # config
+    "TIRConfig",
+    # collapse
+    "CollapseMonitor", "Detectors", "collapse_began", "Clamp",
+    # traces
+    "Run", "open_run", "import_traces",
+    # plots
+    "token_html", "training_curves", "export_dataset", "export_html",
+    # supervision
+    "AuxiliarySFT", "Hints", "OffPolicy", "demonstrate", "DemonstrationSFT", "ErroneousTrajectories", "Reflections",
+    "RejectionSampling",
+    # trainer
+    "TIRTrainer", "Interleave", "OnAlarm",
+    # eval
+    "evaluate", "evaluate_cells", "evaluate_run", "compare_runs", "score_run", "majority_vote", "pass_at_k",
+    # recipes
+    "preset_trainer", "train_preset",
+]

@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from tirlab.config.tir_config import TIRConfig
-from tirlab.collapse.gradients import by_turn, logit_gradients, surprise
+from tirlab.collapse.probes import by_turn, surprise
 from tirlab.algorithms.losses import clip_cov_mask, covariances, kl_cov_terms, positive_nll_terms, ppo_clipped, token_weights
 from tirlab.trainer.credit import extra_loss, kept_advantages
 
@@ -296,7 +296,7 @@ def test_logit_gradients_are_autograds(kind, by_token, setting):
         slope = 4 * s * (1 - s) * rho
     if kind not in CLIPPING: clipped = torch.zeros_like(clipped)
     else: assert clipped.any()
-    ours = logit_gradients(logp, (2 * logits.detach().log_softmax(-1)).logsumexp(-1), slope, clipped, x["advantages"], trainer.weights(mask, x))
+    ours = trainer.weights(mask, x) * slope * ~clipped * a.abs() * surprise(logp, (2 * logits.detach().log_softmax(-1)).logsumexp(-1))
     autograd = gradient(trainer.plain(x), logits)
     assert torch.allclose(ours, autograd.norm(dim=-1), rtol=1e-9, atol=1e-12)
     turns = (x["tool_mask"] == 0).cumsum(-1).masked_fill(mask == 0, -1)
@@ -309,7 +309,7 @@ def test_logit_gradients_of_sequence_ratios(kind):
     trainer, mask, logp = Bare(logits, kind, level="sequence"), x["completion_mask"] * x["tool_mask"], ratio_of(logits, x)[0]
     rho = (((logp - x["old_per_token_logps"]) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)).exp()
     clipped = ppo_clipped(rho, x["advantages"])
-    ours = logit_gradients(logp, (2 * logits.detach().log_softmax(-1)).logsumexp(-1), rho, clipped, x["advantages"], trainer.weights(mask, x))
+    ours = trainer.weights(mask, x) * rho * ~clipped * expand(x["advantages"], logp).abs() * surprise(logp, (2 * logits.detach().log_softmax(-1)).logsumexp(-1))
     assert clipped.any() and torch.allclose(ours, gradient(trainer.plain(x), logits).norm(dim=-1), rtol=1e-9, atol=1e-12)
 
 

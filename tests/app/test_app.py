@@ -63,7 +63,7 @@ def test_overview(tmp_path, monkeypatch):
     assert len(test.get("plotly_chart")) == 1
 
 
-@pytest.mark.parametrize("status, error, says", [("interrupted", None, "before it was done"), ("failed", "out of *memory*", r"out of \*memory\*")])
+@pytest.mark.parametrize("status, error, says", [("interrupted", None, "before it was finished"), ("failed", "out of *memory*", r"out of \*memory\*")])
 def test_runs_that_ended_early(tmp_path, monkeypatch, status, error, says):
     make_run(tmp_path / "run", steps=2, status=status, error=error)
     test = app(monkeypatch, tmp_path / "run")
@@ -73,7 +73,7 @@ def test_runs_that_ended_early(tmp_path, monkeypatch, status, error, says):
 def test_a_silent_run_says_so(tmp_path, monkeypatch):
     writer = make_run(tmp_path / "run", steps=1, status="running")
     monkeypatch.setattr("time.time", lambda: writer.meta["heartbeat"] + 3600)
-    assert "no sign of life" in words(app(monkeypatch, tmp_path / "run"))
+    assert "no heartbeat" in words(app(monkeypatch, tmp_path / "run"))
 
 
 def test_it_follows_a_run_that_goes_on(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_table_filters(tmp_path, monkeypatch):
     assert (shown.reward == 1).all() and (shown.failed_calls > 0).all() and len(shown)
     test.multiselect(key="environment").set_value(["lookup"])
     test.slider(key="steps").set_value((1, 1)).run()
-    assert "No trajectory fits" in test.info[0].value
+    assert "No trajectory matches" in test.info[0].value
 
 
 def test_a_broken_link_and_lost_tokens(tmp_path, monkeypatch):

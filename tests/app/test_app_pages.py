@@ -19,7 +19,7 @@ def html(test):
 
 
 def facts(test, page):
-    "What a page says to whoever waits for it."
+    "The facts of a page's test hook."
     mark = re.search(rf'class="tirlab-ready" data-page="{page}"([^>]*)>', html(test))
     return dict(re.findall(r'data-([a-z]+)="([^"]*)"', mark[1]))
 
@@ -60,11 +60,11 @@ def test_alarms_lead_to_what_did_it(eventful, monkeypatch):
 def test_a_step_and_its_groups(eventful, monkeypatch):
     test = app(monkeypatch, eventful, "steps.py")
     table = test.dataframe[0].value
-    assert facts(test, "steps")["step"] == "4" and table.n.tolist() == [4, 4] and table.level.tolist() == [False, True]
-    assert "void turn 0" in table.dropped[0] and "hinted" in table.marks[0] and "replayed" in table.marks[0] and "replaced" in table.marks[0]
+    assert facts(test, "steps")["step"] == "4" and table.n.tolist() == [4, 4] and table.zero_variance.tolist() == [False, True]
+    assert "void turn 0" in table.dropped[0] and all(word in table.off_policy[0] for word in ("hinted", "replayed", "demonstration"))
     assert facts(test, "steps")["group"] == "0"                                        # the one that teaches something
     page = html(test)
-    assert page.count('class="shape"') == 4 and page.count('class="spark"') == 4 and "The best of this prompt" in page and "Parts from the best at token" in page
+    assert page.count('class="shape"') == 4 and page.count('class="spark"') == 4 and "The best of this prompt" in page and "Differs from the best at token" in page
     assert "hinted" in words(test) and "void turn 1" in words(test) and "reward 1" in words(test)
     test.button[0].click().run()                                                       # the step before
     assert facts(test, "steps")["step"] == "3" and test.query_params["step"] == "3"
@@ -97,7 +97,7 @@ def test_control_tokens(eventful, monkeypatch):
 def test_control_tokens_that_were_not_probed(tmp_path, monkeypatch):
     make_run(tmp_path / "run", steps=1)
     test = app(monkeypatch, tmp_path / "run", "control.py")
-    assert "not probed" in test.info[0].value and "None are on record" in words(test)
+    assert "not probed" in test.info[0].value and "No spikes were recorded" in words(test)
 
 
 def test_two_runs(tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_search_by_text(eventful, monkeypatch):
     test.text_input(key="text").set_value("(").run()
     assert "no regular expression" in test.info[0].value
     again = app(monkeypatch, eventful, "trajectories.py", text="nowhere at all")
-    assert "No trajectory fits" in again.info[0].value
+    assert "No trajectory matches" in again.info[0].value
 
 
 def test_bookmarks_stay_with_the_run(eventful, monkeypatch):
@@ -165,7 +165,7 @@ def test_dropped_with_reasons(eventful, tmp_path, monkeypatch):
     test.button_group(key="reason").set_value(["group zero variance"]).run()
     assert test.dataframe[0].value.dropped.tolist() == ["void turn 1; group zero variance"]
     make_run(tmp_path / "clean", steps=1)
-    assert "Nothing was left out" in app(monkeypatch, tmp_path / "clean", "dropped.py").info[0].value
+    assert "No trajectory was dropped" in app(monkeypatch, tmp_path / "clean", "dropped.py").info[0].value
 
 
 @pytest.mark.parametrize("name, pages", [("index.jsonl", ("overview", "steps", "trajectories", "compare", "dropped")), ("metrics.jsonl", ("overview", "control", "compare")),
@@ -203,11 +203,11 @@ def test_what_is_written_while_a_page_is_drawn_is_seen(tmp_path, monkeypatch, pa
         before = len(done)
         watched.append((seen, seen(), show()))
         done[before:] = ["watch"]
-    for name, place in (("steps", Run), ("metrics", Run), ("index", Run), ("the_run", common)):
+    for name, place in (("steps", Run), ("metrics", Run), ("index", Run), ("current_run", common)):
         monkeypatch.setattr(place, name, lambda *of, read=getattr(place, name), name=name: (done.append(name), read(*of))[1])
     monkeypatch.setattr(common, "watch", watch)
     app(monkeypatch, tmp_path / "run", page)
-    assert [b for a, b in zip(done, done[1:]) if a == "the_run"] == ["watch"] * done.count("the_run")
+    assert [b for a, b in zip(done, done[1:]) if a == "current_run"] == ["watch"] * done.count("current_run")
     seen, was, _ = watched[-1]
     add_steps(writer, [3])
     assert (seen() != was) == follows

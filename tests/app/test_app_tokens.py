@@ -16,7 +16,7 @@ from trace_rows import CONTROL, make_row, make_run
 import tirlab.app
 from tirlab.app.launch import command
 from tirlab.app.messages import formulas, inert, outside_code
-from tirlab.plots.figures import SCALES, class_color, color_class
+from tirlab.plots.colors import SCALES, class_color, color_class
 from tirlab.traces.run import Run, RunWriter, TraceRow, trace_id
 
 APP = Path(tirlab.app.__file__).parent
@@ -118,7 +118,7 @@ def test_how_it_came_to_be(tmp_path, monkeypatch):
     rows = [make_row(1, 0, origin="hinted", hint="Add first. <b>Then</b> multiply."), make_row(1, 1, origin="demonstration"), make_row(1, 2, origin="replay"),
             make_row(1, 3, origin="reflection"), make_row(1, 4, dropped="void turn")]
     run = write(tmp_path / "run", rows)
-    for row, says in zip(rows, ["hinted", "demonstration", "replay", "reflection", "dropped: void turn"]):
+    for row, says in zip(rows, ["hinted", "demonstration", "replay", "reflection", "dropped or masked: void turn"]):
         page = words(app(monkeypatch, run, id=row.id))
         assert says in page and "reward" in page and "advantage" in page and ("<b>Then</b>" in page) == (row.hint is not None)
 
@@ -237,7 +237,7 @@ def test_tokens_are_text_and_nothing_runs(page):
     assert tm.locator("script, img, svg, [onerror], [onmouseover]").count() == 0
     tm.locator("select").select_option(f"p:{NAME}")
     assert NAME in tm.locator(".card").inner_text() and NAME.replace("_", " ") in tm.locator("header").inner_text()
-    page.get_by_role("button", name="What it was told").click()
+    page.get_by_role("button", name="Hint").click()
     page.get_by_test_id("stText").get_by_text(NAME).wait_for()
     assert harmless(page)
 

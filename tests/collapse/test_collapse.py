@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
-from tirlab.collapse.monitor import CollapseMonitor, Cusum, Detectors, culprits, robust_z
+from tirlab.collapse.monitor import CollapseMonitor, Cusum, Detectors, find_culprits, robust_z
 from tirlab.algorithms.filters import has_answer, void_turns
 
 
@@ -72,7 +72,7 @@ def watching(**options):
 
 def test_a_break_is_told_written_and_passed_on(tmp_path):
     heard, monitor = [], watching(listeners=[lambda alarm: heard.append(alarm)])
-    t, said = trained(tmp_path, monitor)
+    t, said = trained(tmp_path, monitor, max_completion_length=32)
     assert [a.signal for a in monitor.alarms] == ["reward"] == [a.signal for a in heard] and monitor.alarms[0].step in (5, 6)
     assert len(said) == 1 and "reward is 0, usually 0.5" in said[0] and t.state.global_step == 8
     (line,) = map(json.loads, Path(t.run_dir, "alarms.jsonl").read_text().splitlines())
@@ -81,7 +81,7 @@ def test_a_break_is_told_written_and_passed_on(tmp_path):
 
 def test_a_break_stops_training_and_the_healthy_weights_are_kept(tmp_path):
     monitor = watching(action="stop", keep_every=2)
-    t, _ = trained(tmp_path, monitor, trace=False)
+    t, _ = trained(tmp_path, monitor, trace=False, max_completion_length=32)
     assert t.state.global_step == monitor.alarms[0].step < 8
     kept = AutoModelForCausalLM.from_pretrained(monitor.healthy)
     assert Path(monitor.healthy).name == "healthy" and not list(tmp_path.glob(".healthy*")) and sum(p.numel() for p in kept.parameters()) == sum(p.numel() for p in t.model.parameters())
@@ -89,7 +89,7 @@ def test_a_break_stops_training_and_the_healthy_weights_are_kept(tmp_path):
 
 def test_a_break_lowers_the_learning_rate(tmp_path):
     monitor = watching(action="lower_lr", factor=0.1)
-    t, _ = trained(tmp_path, monitor, trace=False)
+    t, _ = trained(tmp_path, monitor, trace=False, max_completion_length=32)
     rates = {m["step"]: m["learning_rate"] for m in t.state.log_history if "learning_rate" in m}
     broke = monitor.alarms[0].step
     assert rates[broke] == 1e-5 and rates[8] == pytest.approx(1e-6) and t.optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
@@ -121,5 +121,5 @@ def test_culprits_of_void_turns_follow_the_answer_pattern(tmp_path):
     rate, found = next(m for m in t.state.log_history if "reward" in m)["probe/void_rate"], t.watch.culprits("probe/void_rate")
     void = {name for name, x in zip(t.watch._last[1], t.watch._last[0]) if any(void_turns(x, has_answer(r"\\boxed")))}
     assert rate > 0 and found and {c["id"] for c in found} <= void and len(found) == min(5, sum(sum(void_turns(x, has_answer(r"\\boxed"))) for x in t.watch._last[0]))
-    plain = culprits("probe/void_rate", *t.watch._last, t.watch.probe.tokens, t.watch.end)
+    plain = find_culprits("probe/void_rate", *t.watch._last, t.watch.probe.tokens, t.watch.end)
     assert len(plain) < len(found)

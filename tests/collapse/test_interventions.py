@@ -12,13 +12,14 @@ from test_probes import batch, make
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer import utils as fused_head
 
-from tirlab.all import Sampling, TIRConfig, TIRTrainer, evaluate, generate, make_tasks, tiny_policy
+from tirlab.all import Sampling, TIRConfig, TIRTrainer, evaluate, make_tasks, tiny_policy
 from tirlab.collapse.control_signals import token_roles
 from tirlab.eval.evaluate import restore
-from tirlab.collapse.interventions import (FLOOR, Bounds, Clamp, HoldTokens, _Clamped, bounds_of, clamped_engine, clamped_loss, clamps_from, held, next_state, places,
+from tirlab.collapse.interventions import (FLOOR, Bounds, Clamp, HoldTokens, _Clamped, bounds_of, clamp_logprobs, clamped_engine, clamped_loss, clamps_from, next_state, places,
                                   random_clamps, turn_states)
 from tirlab.collapse.probes import ControlProbe
 from tirlab.envs.tasks import ENVIRONMENTS
+from tirlab.rollout.engines import generate
 from tirlab.core.trajectory import StopReason, Trajectory, Turn, TurnKind
 from tirlab.trainer import trainer
 
@@ -50,7 +51,7 @@ def problems(draw):
 @given(problems())
 def test_bounds_hold_and_all_others_keep_their_proportions(problem):
     z, ids, low, high = problem
-    q, p = held(z, ids, low, high).exp(), z.softmax(1)
+    q, p = clamp_logprobs(z, ids, low, high).exp(), z.softmax(1)
     assert q.sum().item() == pytest.approx(1, abs=1e-9) and (q[:, ids] >= low - 1e-9).all() and (q[:, ids] <= high + 1e-9).all()
     at_bound = torch.zeros_like(p, dtype=torch.bool).index_copy_(1, ids, ((q[:, ids] - low).abs() < 1e-9) | ((q[:, ids] - high).abs() < 1e-9))
     factor = (q / p)[~at_bound & (p > 1e-12)]
@@ -68,22 +69,22 @@ def test_values_and_gradients_are_those_of_changed_logits(bound):
     z, ids = torch.randn(6, 11, dtype=torch.float64, requires_grad=True), torch.tensor([4])
     others = torch.cat([z[:, :4], z[:, 5:]], 1).logsumexp(1, keepdim=True)
     changed = torch.cat([z[:, :4], others + torch.tensor(bound / (1 - bound)).log(), z[:, 5:]], 1).log_softmax(1)
-    ours, weights = held(z, ids, *(torch.full((6, 1), bound, dtype=torch.float64),) * 2), torch.randn(6, 11, dtype=torch.float64)
+    ours, weights = clamp_logprobs(z, ids, *(torch.full((6, 1), bound, dtype=torch.float64),) * 2), torch.randn(6, 11, dtype=torch.float64)
     grads = [torch.autograd.grad((x * weights).sum(), z, retain_graph=True)[0] for x in (ours, changed)]
     assert torch.allclose(ours, changed, atol=1e-6) and torch.allclose(*grads, atol=1e-6) and grads[0].abs().max() > 0.1
     low, high = torch.tensor([[0.3, 0.0, 0.0]] * 6, dtype=torch.float64), torch.tensor([[1, 0.05, 0.01]] * 6, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: held(x, torch.tensor([1, 5, 9]), low, high), z)
+    assert torch.autograd.gradcheck(lambda x: clamp_logprobs(x, torch.tensor([1, 5, 9]), low, high), z)
 
 
 def test_extremes():
     one = lambda x: torch.tensor([[x]], dtype=torch.float64)
     z, c = torch.tensor([[40.0, 0, 0, -torch.inf]]), torch.tensor([0])
-    assert held(z, c, one(0), one(0))[0].tolist() == pytest.approx([-torch.inf, -0.6931472, -0.6931472, -torch.inf])
-    assert held(z, c, one(1), one(1))[0].tolist() == pytest.approx([0, -torch.inf, -torch.inf, -torch.inf], abs=1e-6)
-    assert held(z, torch.tensor([3]), one(0.5), one(1))[0, 3].exp().item() == pytest.approx(0.5)               # a token that a filter had taken out
+    assert clamp_logprobs(z, c, one(0), one(0))[0].tolist() == pytest.approx([-torch.inf, -0.6931472, -0.6931472, -torch.inf])
+    assert clamp_logprobs(z, c, one(1), one(1))[0].tolist() == pytest.approx([0, -torch.inf, -torch.inf, -torch.inf], abs=1e-6)
+    assert clamp_logprobs(z, torch.tensor([3]), one(0.5), one(1))[0, 3].exp().item() == pytest.approx(0.5)               # a token that a filter had taken out
     alone = torch.tensor([[0.0, -torch.inf, -torch.inf, -torch.inf]])
-    assert torch.equal(held(alone, c, one(0), one(0)), alone)                                                  # nothing else to draw
-    assert held(torch.tensor([[3.0, 3.0]], dtype=torch.bfloat16), c, one(0), one(0.1)).dtype == torch.float32
+    assert torch.equal(clamp_logprobs(alone, c, one(0), one(0)), alone)                                                  # nothing else to draw
+    assert clamp_logprobs(torch.tensor([[3.0, 3.0]], dtype=torch.bfloat16), c, one(0), one(0.1)).dtype == torch.float32
 
 
 # What is asked for
@@ -160,7 +161,7 @@ def test_frequencies_are_the_held_probabilities():
     bounds = bounds_of([Clamp("<tool_call>", "start", high=0.25), Clamp("<|im_end|>", "start", low=0.15)], TOKENIZER)
     turns = [t.ids[0] for i in range(0, n, 400) for t in generate(_Clamped(model, bounds), TOKENIZER, [prompt] * 400, [Sampling(1, 0.7, seed=s) for s in range(i, i + 400)])]
     with torch.no_grad(): z = model(torch.tensor([prompt])).logits[:, -1] / 0.7
-    q = held(z, *bounds.to("cpu")[:1], bounds.low[:1], bounds.high[:1]).exp()[0].double()
+    q = clamp_logprobs(z, *bounds.to("cpu")[:1], bounds.low[:1], bounds.high[:1]).exp()[0].double()
     assert q[OPEN].item() == pytest.approx(0.25) and q[END].item() == pytest.approx(0.15)
     counts, common = torch.bincount(torch.tensor(turns), minlength=len(q)).double(), q * n >= 5
     seen, want = (torch.cat([x[common], x[~common].sum()[None]]) for x in (counts, q * n))
@@ -206,7 +207,7 @@ def explicit(model, ids, mask, labels, bounds=ABOUNDS, temperature=0.7):
     "Log-probabilities of the completions from all logits of the plain forward pass, held row by row."
     z = type(model).forward(model, input_ids=ids, attention_mask=mask).logits[:, -10:-1].float() / temperature
     state = STATES.masked_fill(labels[:, -9:] == -100, -1)
-    q = torch.stack([held(row[None], *bounds.to("cpu")[:1], bounds.low[s, None], bounds.high[s, None])[0] if s >= 0 else row.log_softmax(0)
+    q = torch.stack([clamp_logprobs(row[None], *bounds.to("cpu")[:1], bounds.low[s, None], bounds.high[s, None])[0] if s >= 0 else row.log_softmax(0)
                      for row, s in zip(z.flatten(0, 1), state.flatten())])
     return q.gather(1, ids[:, -9:].reshape(-1, 1)).view(5, 9).clamp(min=FLOOR).masked_fill(labels[:, -9:] == -100, 0)
 
@@ -281,7 +282,7 @@ def length_reward(completions, **_):
 
 
 def run(folder, steps=2, clamps=None, **options):
-    common = dict(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=8, max_completion_length=160, seed=0,
+    common = dict(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=8, max_completion_length=96, seed=0,
                   learning_rate=1e-4, save_strategy="no", disable_tqdm=True, report_to="none", probe="on", temperature=0.7, trace=False)
     t = TIRTrainer(tiny_policy(), length_reward, TIRConfig(**common | options), make_tasks("arithmetic", n=8), environment_factory=ENVIRONMENTS, interventions=clamps)
     t.seen, score = [], trainer.score_tokens
@@ -311,7 +312,7 @@ def test_the_trainers_loss_is_that_of_all_logits(tmp_path):
     mask, states, results = inputs["completion_mask"] * inputs["tool_mask"], inputs["states"].flatten(), []
     def plain():
         z = t.model(input_ids=ids, attention_mask=attention).logits[:, -mask.shape[1] - 1:-1].flatten(0, 1) / 0.7
-        q = torch.where((states >= 0)[:, None], held(z, t.bounds.to("cpu")[0], t.bounds.low[states], t.bounds.high[states]), z.log_softmax(1))
+        q = torch.where((states >= 0)[:, None], clamp_logprobs(z, t.bounds.to("cpu")[0], t.bounds.low[states], t.bounds.high[states]), z.log_softmax(1))
         ratio = (logp := q.gather(1, inputs["completion_ids"].view(-1, 1)).view_as(mask)).sub(logp.detach()).exp()
         return -((ratio * inputs["advantages"].view(len(mask), -1) * mask).sum(1) / mask.sum(1)).mean()
     for loss in (lambda: t._compute_loss(t.model, inputs), plain):

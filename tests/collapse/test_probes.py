@@ -19,10 +19,9 @@ from trl.trainer import utils as fused_head
 from trl.trainer.utils import add_fused_lm_head
 
 from tirlab.all import RolloutLimits, Sampling, TIRConfig, TIRTrainer, answer_reward, evaluate, make_tasks, tiny_policy
-from tirlab.collapse.control_signals import merged, step_signals, token_roles
+from tirlab.collapse.control_signals import merge_signals, step_signals, token_roles
 from tirlab.core.formats import control_ids
-from tirlab.collapse.gradients import surprise
-from tirlab.collapse.probes import ControlProbe, Probed, ProbeError, control_logprobs, joined, probed, single_tokens
+from tirlab.collapse.probes import ControlProbe, Probed, ProbeError, concat_probed, control_logprobs, read_probed, single_tokens, surprise
 from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.core.trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn, TurnKind
 
@@ -334,7 +333,7 @@ def test_the_trainers_loss_is_the_same_to_the_bit(kind, tmp_path):
     _, _, plain, grads, _ = trl_step(kind, extra, tmp_path)
     trainer, inputs, loss, others, (score,) = trl_step(kind, extra, tmp_path, probe)
     assert loss == plain and all(torch.equal(a, b) for a, b in zip(grads, others))
-    seen = probed(probe, score[0], score[1], inputs, trainer.args)
+    seen = read_probed(probe, score[0], score[1], inputs, trainer.args)
     logp, wrote = score[0].detach(), (inputs["completion_mask"] * inputs["tool_mask"]).bool()
     ids, attention = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1), torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     full = reference(trainer.model, ids, attention, logp.shape[1])
@@ -349,7 +348,7 @@ def test_the_trainers_loss_is_the_same_to_the_bit(kind, tmp_path):
 # What is known about a token
 
 def fake(like, pieces=None):
-    "A probe that heard all of a batch."
+    "A probe that measured all of a batch."
     probe = ControlProbe(TOKENS)
     probe._pieces = [(torch.randn(*like.shape, 4), -torch.rand(like.shape), torch.ones_like(like, dtype=torch.bool))]
     return probe
@@ -364,7 +363,7 @@ def test_probed_by_hand(level, loss_type):
     complete, tools = torch.tensor([[1] * 5, [1] * 4 + [0], [1] * 3 + [0] * 2]), torch.tensor([[1, 0, 1, 1, 0]] * 3)
     inputs = dict(completion_mask=complete, tool_mask=tools * torch.tensor([[1], [1], [0]]), advantages=torch.tensor([1.0, -1.0, 0.5]), old_per_token_logps=old, sampling_per_token_logps=sampler)
     args = SimpleNamespace(epsilon=0.2, epsilon_high=0.3, delta=None, loss_type=loss_type, importance_sampling_level=level)
-    seen, mask = probed(fake(logp), logp, entropy, inputs, args, wrote=tools), (complete * inputs["tool_mask"]).bool()
+    seen, mask = read_probed(fake(logp), logp, entropy, inputs, args, wrote=tools), (complete * inputs["tool_mask"]).bool()
     assert (seen.mask == mask).all() and (seen.wrote == (complete * tools).bool()).all()   # the third row was filtered, and is still seen
     for i in range(3):
         whole = sum((logp - old)[i, t].item() for t in range(5) if mask[i, t]) / max(int(mask[i].sum()), 1)
@@ -382,13 +381,13 @@ def test_probed_by_hand(level, loss_type):
 def test_probed_without_anything_else():
     logp = -torch.rand(2, 4)
     args = SimpleNamespace(epsilon=0.2, epsilon_high=None, delta=None, loss_type="dapo", importance_sampling_level="token")
-    seen = probed(fake(logp), logp, logp, dict(completion_mask=torch.ones(2, 4), advantages=torch.ones(2, 4)), args)
+    seen = read_probed(fake(logp), logp, logp, dict(completion_mask=torch.ones(2, 4), advantages=torch.ones(2, 4)), args)
     assert seen.ratio.eq(1).all() and seen.gap.isnan().all() and not seen.clipped.any() and seen.mask.all()
 
 
-def test_joined_pads_on_the_right():
+def test_concatenation_pads_on_the_right():
     def piece(rows, width): return Probed(("a",), torch.zeros(rows, width, 1), *(torch.zeros(rows, width) for _ in range(6)), *(torch.ones(rows, width, dtype=torch.bool) for _ in range(2)))
-    whole = joined([piece(2, 3), piece(1, 5)])
+    whole = concat_probed([piece(2, 3), piece(1, 5)])
     assert whole.control.shape == (3, 5, 1) and whole.wrote.tolist() == [[True] * 3 + [False] * 2] * 2 + [[True] * 5] and whole.mask.tolist() == whole.wrote.tolist()
 
 
@@ -485,7 +484,7 @@ def test_signals_of_nothing():
     seen = Probed(("<tool_call>",), torch.full((2, 1, 1), torch.nan), *(torch.full((2, 1), torch.nan) for _ in range(6)), *(torch.zeros(2, 1, dtype=torch.bool) for _ in range(2)))
     signals = step_signals([Trajectory([0], [], StopReason.FAILED)] * 2, seen, {"<tool_call>": 1})
     assert signals["probe/effective_batch"] == 0 and signals["probe/turns"] == 0 and all(v == v for v in signals.values()) and not [n for n in signals if "/tool_call/" in n]
-    assert merged([signals, {"probe/turns": 2.0}])["probe/turns"] == 1.0
+    assert merge_signals([signals, {"probe/turns": 2.0}])["probe/turns"] == 1.0
 
 
 # The seam

@@ -10,7 +10,7 @@ from tirlab.core.formats import ChatFormat
 
 
 def trained(folder, steps=1, **options):
-    common = dict(output_dir=str(folder), run_dir=str(folder / "run"), max_steps=steps, per_device_train_batch_size=16, num_generations=8, max_completion_length=160, seed=0,
+    common = dict(output_dir=str(folder), run_dir=str(folder / "run"), max_steps=steps, per_device_train_batch_size=16, num_generations=8, max_completion_length=96, seed=0,
                   learning_rate=1e-4, save_strategy="no", disable_tqdm=True, report_to="none", probe="on", temperature=0.7)
     t = TIRTrainer(tiny_policy(), answer_reward, TIRConfig(**common | options), make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
     t.train()

@@ -19,7 +19,7 @@ from tirlab.eval.runs import Sampler, evaluate_run
 from tirlab.eval.settings import PROTOCOLS, eval_cells, named_tasks, read_eval_settings
 from tirlab.eval.evaluate import evaluate, evaluate_cells
 from tirlab.rewards.patterns import cross_verifications, error_corrections, pattern_judge, pattern_shares, progress_steps, reasoning_patterns
-from tirlab.plots.figures import token_html
+from tirlab.plots.token_html import token_html
 from tirlab.rewards.outcome import math_equal
 from tirlab.envs.tasks import ENVIRONMENTS, make_tasks
 from tirlab.core.tiny import tiny_policy

@@ -16,7 +16,7 @@ from tirlab.envs.environments import BookingEnvironment
 from tirlab.eval.results import read_items
 from tirlab.eval.runs import Sampler, evaluate_run
 from tirlab.eval.evaluate import evaluate
-from tirlab.plots.figures import token_html
+from tirlab.plots.token_html import token_html
 from tirlab.rollout.loop import rollout, run_async
 from tirlab.envs.tasks import ENVIRONMENTS, make_tasks
 from tirlab.traces.run import open_run

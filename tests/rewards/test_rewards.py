@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,6 +11,7 @@ import types
 
 import pytest
 import torch
+from forks import ended, forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,10 +211,13 @@ def test_shaping_refuses_in_one_sentence(outcome, options, said):
     assert str(error.value) == said
 
 
-def test_the_embedding_is_the_same_in_every_process():
-    code = "from tirlab.rewards.shaping import embed_code; print(embed_code(['def f(x): return x + 1']).nonzero()[:, 1].tolist())"
-    there = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True).stdout
-    assert json.loads(there) == embed_code(["def f(x): return x + 1"]).nonzero()[:, 1].tolist()
+def embedded(): print(json.dumps([embed_code(["def f(x): return x + 1"]).nonzero()[:, 1].tolist(), hash("x")]))
+
+
+def test_the_embedding_is_the_same_in_every_process(tmp_path):
+    assert ended(forked(embedded, said=tmp_path / "said")) == 0
+    there, hashed = json.loads((tmp_path / "said").read_text())
+    assert hashed != hash("x") and there == embed_code(["def f(x): return x + 1"]).nonzero()[:, 1].tolist()
 
 
 def test_unlike_programs_are_unlike():

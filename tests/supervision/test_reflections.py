@@ -63,7 +63,7 @@ def expected(flaw, family, trajectory, syntax):
 @pytest.mark.parametrize("flaw", FLAWS)
 def test_rules_name_the_flaw(flaw, family, syntax):
     for level in (1, 2, 3):
-        failed, fine = failures(flaw, family, syntax, 16, level, seed=level)
+        failed, fine = failures(flaw, family, syntax, 8, level, seed=level)
         assert failed or flaw == "repeat"
         for case, t in failed:
             at, kind, words = find_mistake(case, syntax)

@@ -14,8 +14,7 @@ from trace_rows import CONTROL, make_row, make_run
 from tirlab.traces.annotations import bookmark, config_diff, read_bookmarks
 from tirlab.plots.export import export_dataset, export_html
 from tirlab.plots.groups import prompts, rollout_html
-from tirlab.traces.rows import SCHEMA
-from tirlab.traces.scored import write_scored
+from tirlab.traces.rows import SCHEMA, write_scored
 from tirlab.traces.search import control_spikes, find, find_text
 from tirlab.traces.terminal import overview, shown
 from tirlab.traces.run import TraceRow, open_run

@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
 from tirlab.trainer.batch import Batch, BatchBuilder, Group, replayed, task_name
 from tirlab.trainer.objective import score_tokens
-from tirlab.algorithms.prompts import Replay, failed, supervised_rounds
+from tirlab.algorithms.prompts import Replay, failed
 from tirlab.core.trajectory import StopReason, Trajectory, Turn, TurnKind
 
 TOK = AutoTokenizer.from_pretrained(tiny_policy(), padding_side="left")
@@ -195,9 +195,8 @@ def test_what_was_sampled_with_a_hint_is_scored_without_it(tmp_path, monkeypatch
     assert torch.isfinite(t._compute_loss(t.model, half)) and torch.allclose(score_tokens(t, t.model, half)[0][0, :n], wanted, atol=1e-4)
 
 
-def test_when_a_task_has_failed_and_when_it_is_learnt_from():
+def test_when_a_task_has_failed():
     nan = float("nan")
     assert [failed(r, 0.5) for r in ([0, 0.5], [0, 1], [nan, 0], [nan, nan], [])] == [True, False, True, False, False]
     assert [failed(r, 0.5, "any") for r in ([0, 0.5], [0, 1], [1, 1], [nan, 1], [nan, 0])] == [True, True, False, False, True]
     with pytest.raises(ValueError, match="choose 'all' or 'any'"): failed([0], rule="some")
-    assert supervised_rounds([50, 100, 150]) == [50, 150] and supervised_rounds([50]) == []

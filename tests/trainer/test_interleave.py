@@ -9,8 +9,9 @@ import torch
 from forks import ended, forked, side_by_side
 from transformers import TrainerCallback
 
-from tirlab.all import (Alarm, CollapseMonitor, DemonstrationSFT, Detectors, ErroneousTrajectories, Hints, Interleave, OnAlarm, Reflections, RejectionSampling, TIRConfig, TIRTrainer, answer_reward,
+from tirlab.all import (CollapseMonitor, DemonstrationSFT, Detectors, ErroneousTrajectories, Hints, Interleave, OnAlarm, Reflections, RejectionSampling, TIRConfig, TIRTrainer, answer_reward,
                         demonstrate, make_tasks, open_run, tiny_policy)
+from tirlab.collapse.monitor import Alarm
 from tirlab.trainer.interleave import bare_forward, cleared, last_checkpoint
 from tirlab.supervision.reflections import rule_writer, short_prompt
 from tirlab.envs.tasks import ENVIRONMENTS
@@ -121,7 +122,7 @@ def run_script(folder, *where):
     return ended(forked(rounds.main, str(folder), *where, said=f"{folder}.said"))
 
 
-@pytest.mark.parametrize("where,phases", [("start", 0), ("rl", 2), ("rl-end", 2), ("sft", 3), ("sft-end", 1), ("between", 1)])
+@pytest.mark.parametrize("where,phases", [("rl", 2), ("sft", 3), ("between", 1), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("start", 0), ("rl-end", 2), ("sft-end", 1)))])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(tmp_path, whole, where, phases):
     "SIGKILL in the first round, in a later one, in supervised training, at the last step of either, between the two: the same weights, lessons and tasks as without, bit for bit."
     assert run_script(tmp_path, where) == -9

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from tirlab.cli.main import main
 from tirlab.plots.export import export_html
 from tirlab.traces.files import WriteError
 from tirlab.traces.recorder import Recorder
-from tirlab.traces.scored import write_scored
+from tirlab.traces.rows import write_scored
 from tirlab.traces.terminal import overview
 from tirlab.traces.run import RunError, RunWriter, open_run, trace_id
 from tirlab.core.trajectory import StopReason, Trajectory, Turn, TurnKind
@@ -292,11 +293,19 @@ UNTOUCHED = {   # what must still be read whatever happens to a file
     "scores/last/step-000002.rank-0.parquet": ["index", "tokens 2", "scored 1", "scored 3"]}
 
 
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory):
+    "A whole run folder, and all that is read of it."
+    folder = tmp_path_factory.mktemp("undamaged") / "run"
+    full_run(folder)
+    return folder, look(open_run(folder))
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_file_is_a_sentence_and_the_rest_is_there(tmp_path, file, damage):
-    full_run(tmp_path / "run")
-    before = look(open_run(tmp_path / "run"))
+def test_a_damaged_file_is_a_sentence_and_the_rest_is_there(undamaged, tmp_path, file, damage):
+    folder, before = undamaged
+    shutil.copytree(folder, tmp_path / "run")
     kept = open_run(tmp_path / "run")
     kept.index()
     target = tmp_path / "run" / file

@@ -12,14 +12,15 @@ from torch import Tensor
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #7b0398d9
 def _table(x, name):
-    "A table of floats. Raises: ValueError for anything but a table."
+    "Return a table as floats. Raises: ValueError for anything but a tensor of two dimensions."
     if not isinstance(x, Tensor) or x.dim() != 2:
-        given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ValueError(f"{name} is {given}; give a tensor with a row for each rollout and a column for each turn, as {name}[:, None] makes it of one number a rollout.")
+        found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ValueError(f"{name} is {found}; give a tensor with a row for each rollout and a column for each turn. "
+                         f"{name}[:, None] makes one of a number a rollout.")
     return x if x.is_floating_point() else x.float()
 
 def _scored(rewards):
-    "Rewards by turn as floats, nan in a rollout that has an infinite one."
+    "Return rewards by turn as floats, nan in every turn of a rollout that has an infinite one."
     table = _table(rewards, "rewards")
     return table.masked_fill(table.isinf().any(1, keepdim=True), torch.nan)
 
@@ -28,7 +29,7 @@ def discounted_returns(
     rewards: Tensor,      # (G, J) reward of turn j of rollout i; nan where there was no such turn
     gamma: float = 0.9,   # worth of the next turn's return, 0 to 1
 ) -> Tensor:              # (G, J) returns, nan where `rewards` is
-    "Return of every turn: its reward and the discounted rewards after it. Raises: ValueError. Source: GTPO, return-based advantage estimation."
+    "Compute the return of every turn: its reward plus the discounted rewards after it. Raises: ValueError. Source: GTPO (arXiv 2511.14846)."
     rewards = _scored(rewards)
     returns, after = torch.full_like(rewards, torch.nan), rewards.new_zeros(len(rewards))
     for j in reversed(range(rewards.shape[1])):
@@ -38,7 +39,7 @@ def discounted_returns(
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #eb930e2a
 def _moments(values, dims, ddof=1):
-    "Mean and standard deviation of what is not nan, with the reduced dimensions kept; the spread of equal numbers, or of one, is exactly 0."
+    "Return mean and standard deviation of all values but nan, dimensions kept; the deviation of equal numbers, or of one, is exactly 0."
     if not values.numel(): return (values.sum(dims, keepdim=True),) * 2
     top = values.nan_to_num(-torch.inf).amax(dims, keepdim=True)
     top = torch.where(top.isinf(), 0, top)   # nothing but nan
@@ -53,7 +54,7 @@ def pooled_advantages(
     eps: float = 1e-4,   # keeps a nearly constant group from blowing up; same as TRL's GRPO
     ddof: int = 1,       # 1 divides the variance by one less than the number of turns, as TRL's GRPO does; 0 by their number
 ) -> Tensor:             # (G, J) advantages, 0 where there was no such turn
-    "Returns minus the group's mean, over its standard deviation, all turns pooled. Raises: ValueError. Source: GTPO; the pooled set is inferred."
+    "Normalise returns over all turns of a group. Raises: ValueError. Source: GTPO (arXiv 2511.14846); the pooled set is *inferred*."
     returns = _table(returns, "returns")
     mean, std = _moments(returns, (0, 1), ddof)
     return ((returns - mean) / (std + eps)).nan_to_num()
@@ -63,7 +64,7 @@ def spread_to_tokens(
     advantages: Tensor,      # (G, J) advantage of each turn
     turn_of_token: Tensor,   # (G, T) int64, turn that wrote the token, -1 where the model did not write it
 ) -> Tensor:                 # (G, T) advantage of each token
-    "Give every token its turn's advantage, and observations none. Raises: ValueError. Source: GTPO, objective: A_ij for every token of turn j."
+    "Give every token its turn's advantage, and 0 to observations. Raises: ValueError. Source: GTPO, objective: A_ij for every token of turn j."
     advantages = _table(advantages, "advantages")
     if turn_of_token.dim() != 2 or len(turn_of_token) != len(advantages):
         raise ValueError(f"turn_of_token has the shape {tuple(turn_of_token.shape)}; give a row for each of the {len(advantages)} rollouts and a column for each token.")
@@ -71,18 +72,18 @@ def spread_to_tokens(
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #380d581f
 def _groups(rows, size):
-    "Rows by group, (B, size, ...). Raises: ValueError where they do not fill whole groups."
+    "Split rows into groups, (B, size, ...). Raises: ValueError where they do not fill whole groups."
     if size < 1 or len(rows) % size: raise ValueError(f"{len(rows)} rollouts do not make whole groups of {size}.")
     return rows.reshape(len(rows) // size, size, *rows.shape[1:])
 
-def _given(advantages, rewards, turn_of_token):
-    "Advantages (B, G, J) or (B, G, 1) for the turns that happened and 0 for all others, (N, J); by token where it is known whose they are, (N, T)."
+def _by_row(advantages, rewards, turn_of_token):
+    "Return advantages (B, G, J) or (B, G, 1) as (N, J), 0 for turns that never happened; with `turn_of_token` by token, (N, T)."
     by_turn = advantages.expand(-1, -1, rewards.shape[1]).reshape(rewards.shape).nan_to_num().masked_fill(rewards.isnan(), 0)
     return by_turn if turn_of_token is None else spread_to_tokens(by_turn, turn_of_token)
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #35cae481
 def _turn_moments(returns, normalisation, ddof):
-    "Mean and standard deviation that turns of (B, G, J) returns are measured by, (B, 1, J) or (B, 1, 1)."
+    "Return mean and standard deviation that each turn of (B, G, J) returns is compared with, (B, 1, J) or (B, 1, 1)."
     pooled = _moments(returns, (1, 2), ddof)
     if normalisation == "pooled": return pooled
     if normalisation == "first_return": return _moments(returns[:, :, :1], (1, 2), ddof)
@@ -93,7 +94,7 @@ def _turn_moments(returns, normalisation, ddof):
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #c4db709c
 def _scaled(away, std, values, scale_rewards, eps, ddof=1):
-    "Distances from the expected over the group's spread, over that of all values of the batch, or as they are."
+    "Divide distances from the mean by the group's standard deviation, by that of all values of the batch, or by nothing."
     if scale_rewards == "none": return away
     if scale_rewards == "group": return away / (std + eps)
     if scale_rewards == "batch": return away / (_moments(values, tuple(range(values.dim())), ddof)[1] + eps)
@@ -106,33 +107,33 @@ def gtpo(
     turn_of_token: Tensor | None = None,   # (N, T) int64, turn that wrote the token, -1 where the model did not; None for a number a turn
     gamma: float = 0.9,                    # worth of the next turn's return, 0 to 1
     normalisation: str = "pooled",         # compared with "pooled", "per_turn_index" or "first_return"
-    scale_rewards: str = "group",          # divided by the spread of the "group", the "batch", or "none"
+    scale_rewards: str = "group",          # divided by the standard deviation of the "group", of the "batch", or by nothing: "none"
     eps: float = 1e-4,                     # added to the standard deviation
     ddof: int = 1,                         # 1 for the sample's variance, as TRL; 0 for the population's
 ) -> Tensor:                               # (N, T) advantage of each token, or (N, J) of each turn; 0 where the model wrote nothing
-    "Normalised discounted return of a turn; over which set is inferred. Raises: ValueError. Source: GTPO (arXiv 2511.14846), return-based advantage."
+    "Normalise the discounted return of each turn; over which set is *inferred*. Raises: ValueError. Source: GTPO (arXiv 2511.14846)."
     rewards = _scored(rewards)
     returns = _groups(discounted_returns(rewards, gamma), group_size)
     mean, std = _turn_moments(returns, normalisation, ddof)
-    return _given(_scaled(returns - mean, std, returns, scale_rewards, eps, ddof), rewards, turn_of_token)
+    return _by_row(_scaled(returns - mean, std, returns, scale_rewards, eps, ddof), rewards, turn_of_token)
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #abd9875b
 def _totals(rewards, group_size):
-    "Summed reward of each rollout by group, (B, G); nan where no turn has one."
+    "Sum the rewards of each rollout, by group (B, G); nan where no turn has one."
     return _groups(rewards.nansum(1).masked_fill(rewards.isnan().all(1), torch.nan), group_size)
 
 def grpo(
     rewards: Tensor,                       # (N, J) as for `gtpo`
     group_size: int,                       # rollouts of one prompt
     turn_of_token: Tensor | None = None,   # (N, T) int64, or None for a number a turn
-    scale_rewards: str = "group",          # divided by the spread of the "group", the "batch", or "none"
+    scale_rewards: str = "group",          # divided by the standard deviation of the "group", of the "batch", or by nothing: "none"
     eps: float = 1e-4,                     # added to the standard deviation
 ) -> Tensor:                               # (N, T) or (N, J)
-    "Normalised reward of the rollout for all its turns, as TRL has it. Raises: ValueError. Source: GRPO (arXiv 2402.03300), outcome supervision."
+    "Give all turns of a rollout its normalised reward, as TRL does. Raises: ValueError. Source: GRPO (arXiv 2402.03300), outcome supervision."
     rewards = _scored(rewards)
     total = _totals(rewards, group_size)
     mean, std = _moments(total, (1,))
-    return _given(_scaled(total - mean, std, total, scale_rewards, eps)[..., None], rewards, turn_of_token)
+    return _by_row(_scaled(total - mean, std, total, scale_rewards, eps)[..., None], rewards, turn_of_token)
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #edcdaee2
 def dr_grpo(
@@ -140,7 +141,7 @@ def dr_grpo(
     group_size: int,                       # rollouts of one prompt
     turn_of_token: Tensor | None = None,   # (N, T) int64, or None for a number a turn
 ) -> Tensor:                               # (N, T) or (N, J)
-    "Reward of the rollout minus the group's mean, not divided. Raises: ValueError. Source: Dr. GRPO (arXiv 2503.20783)."
+    "Subtract the group's mean from the rollout's reward, without dividing. Raises: ValueError. Source: Dr. GRPO (arXiv 2503.20783)."
     return grpo(rewards, group_size, turn_of_token, scale_rewards="none")
 
 def lite_ppo(
@@ -149,12 +150,12 @@ def lite_ppo(
     turn_of_token: Tensor | None = None,   # (N, T) int64, or None for a number a turn
     eps: float = 1e-4,                     # added to the standard deviation
 ) -> Tensor:                               # (N, T) or (N, J)
-    "Reward of the rollout minus the group's mean, over the batch's standard deviation. Raises: ValueError. Source: Lite PPO (arXiv 2508.08221)."
+    "Subtract the group's mean and divide by the batch's standard deviation. Raises: ValueError. Source: Lite PPO (arXiv 2508.08221)."
     return grpo(rewards, group_size, turn_of_token, scale_rewards="batch", eps=eps)
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #f39bce7f
-def _without_itself(values, dims):
-    "Distance of each value from the mean of the others; 0 where there are none."
+def _leave_one_out(values, dims):
+    "Return the distance of each value from the mean of the others; 0 where there are none."
     mean, count = _moments(values, dims)[0], (~values.isnan()).sum(dims, keepdim=True)
     return (values - mean) * (count / (count - 1).clamp(min=1))
 
@@ -165,14 +166,14 @@ def rloo(
     normalize_advantages: bool = False,    # divide by the batch's standard deviation, TRL's option of this name
     eps: float = 1e-4,                     # added to the standard deviation
 ) -> Tensor:                               # (N, T) or (N, J)
-    "Reward of the rollout minus the mean of the others of its group. Raises: ValueError. Source: RLOO (arXiv 2402.14740)."
+    "Subtract the mean reward of the group's other rollouts. Raises: ValueError. Source: RLOO (arXiv 2402.14740)."
     rewards = _scored(rewards)
     total = _totals(rewards, group_size)
-    away = _without_itself(total, (1,))
+    away = _leave_one_out(total, (1,))
     if normalize_advantages:
         away = away.masked_fill((~total.isnan()).sum(1, keepdim=True) < 2, torch.nan)   # as TRL: a lone rollout is no member of the batch
         away = away / (_moments(away, (0, 1))[1] + eps)
-    return _given(away[..., None], rewards, turn_of_token)
+    return _by_row(away[..., None], rewards, turn_of_token)
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #d9cf9b1c
 def turn_rloo(
@@ -181,7 +182,7 @@ def turn_rloo(
     turn_of_token: Tensor | None = None,   # (N, T) int64, or None for a number a turn
     gamma: float = 1.0,                    # worth of the next turn's return, 0 to 1
 ) -> Tensor:                               # (N, T) or (N, J)
-    "Return of a turn minus that turn's mean return in the other rollouts. Raises: ValueError. Source: RLOO (arXiv 2402.14740); by turn it is ours."
+    "Subtract from a turn's return its mean in the other rollouts. Raises: ValueError. Source: RLOO (arXiv 2402.14740); by turn it is ours."
     rewards = _scored(rewards)
     returns = _groups(discounted_returns(rewards, gamma), group_size)
     happened = (~returns.isnan()).float()
@@ -189,8 +190,8 @@ def turn_rloo(
     mine, turns = pooled.nansum(2, keepdim=True), happened.sum(2, keepdim=True)
     others, other_turns = mine.sum(1, keepdim=True) - mine, turns.sum(1, keepdim=True) - turns
     alone = torch.where(other_turns > 0, pooled - others / other_turns.clamp(min=1), 0)
-    away = torch.where(happened.sum(1, keepdim=True) > 1, _without_itself(returns, (1,)), alone)
-    return _given(away, rewards, turn_of_token)
+    away = torch.where(happened.sum(1, keepdim=True) > 1, _leave_one_out(returns, (1,)), alone)
+    return _by_row(away, rewards, turn_of_token)
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #6ba15555
 def mt_grpo(
@@ -201,7 +202,7 @@ def mt_grpo(
     outcome_weight: float = 1.0,           # of the outcome's advantage in turns before the last
     eps: float = 1e-4,                     # added to the standard deviation
 ) -> Tensor:                               # (N, T) or (N, J)
-    "Advantage of a turn's reward plus the outcome's. Raises: ValueError. Source: MT-GRPO (arXiv 2505.11821), its code; beyond two turns inferred."
+    "Add the advantages of turn reward and outcome. Raises: ValueError. Source: MT-GRPO (arXiv 2505.11821), its code; beyond two turns *inferred*."
     rewards = _scored(rewards)
     table, count = _groups(rewards, group_size), _groups((~rewards.isnan()).sum(1), group_size)
     last = torch.arange(rewards.shape[1], device=rewards.device) == count[..., None] - 1
@@ -210,8 +211,8 @@ def mt_grpo(
     by_outcome, by_turn = normal(outcome)[..., None], normal(table.masked_fill(last, torch.nan))
     away = torch.where(last, by_outcome, outcome_weight * by_outcome + turn_weight * by_turn)
     whole = normal(_totals(rewards, group_size))[..., None]     # a rollout of one turn is measured by its sum, as in the authors' code
-    return _given(torch.where(count[..., None] == 1, whole, away), rewards, turn_of_token)
+    return _by_row(torch.where(count[..., None] == 1, whole, away), rewards, turn_of_token)
 
 # %% ../../nbs/30_algorithms/00_advantages.ipynb #519c652a
 ESTIMATORS = {"grpo": grpo, "gtpo": gtpo, "dr_grpo": dr_grpo, "lite_ppo": lite_ppo, "mt_grpo": mt_grpo, "rloo": rloo, "turn_rloo": turn_rloo}
-BY_TURN = ("gtpo", "mt_grpo", "turn_rloo")   # those that tell turns of a rollout apart
+BY_TURN = ("gtpo", "mt_grpo", "turn_rloo")   # estimators whose advantages differ between turns of one rollout

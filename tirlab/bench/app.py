@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/80_bench/04_app.ipynb #6c9bf9cd
 from ..app.launch import command, free_port
-from ..traces.rows import index_line
+from ..traces.index import index_line
 from ..traces.steps import step_line
 from ..traces.run import RunError, RunWriter, TraceRow, open_run, trace_id
 

@@ -118,7 +118,7 @@ def make_tasks(
     return Dataset.from_list(rows)
 
 # %% ../../nbs/15_envs/01_tasks.ipynb #733960f1
-ENVIRONMENTS = {"arithmetic": PythonEnvironment, "lookup": LookupEnvironment, "repair": BookingEnvironment}
+ENVIRONMENTS = {"arithmetic": PythonEnvironment, "lookup": LookupEnvironment, "repair": BookingEnvironment}   # by a row's column `environment`
 
 # %% ../../nbs/15_envs/01_tasks.ipynb #508b7aff
 def is_correct(

@@ -21,7 +21,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 # %% ../../nbs/65_eval/04_scores.ipynb #20a45da4
 from ..traces.files import write_atomic
-from ..traces.scored import score_sets, write_scored
+from ..traces.rows import score_sets, write_scored
 from ..traces.run import Run, RunError
 
 # %% ../../nbs/65_eval/04_scores.ipynb #2bdfb347

@@ -22,20 +22,20 @@ from .run import Run, TraceRow
 # %% ../../nbs/45_traces/11_terminal.ipynb #2ffa6018
 def safe(
     text: str,   # anything
-) -> str:        # the same without characters that a terminal obeys
-    "Text for a terminal: control, format and separator characters become their code, lines stay lines."
+) -> str:        # the same without control characters
+    "Make a text safe for a terminal: control, format and separator characters become their code, lines stay lines."
     return "".join(c if c == "\n" or c.isprintable() else "    " if c == "\t" else f"⟨{ord(c):X}⟩" if unicodedata.category(c) != "Cs" else "\ufffd" for c in text)
 
 # %% ../../nbs/45_traces/11_terminal.ipynb #059ea59b
-_LEVELS = ((-.7, ""), (-2.3, "on #5a3a00"), (-4.6, "on #8a4b00"), (-np.inf, "on #d55e00"))   # least log-probability -> style
+_STYLES = ((-.7, ""), (-2.3, "on #5a3a00"), (-4.6, "on #8a4b00"), (-np.inf, "on #d55e00"))   # least log-probability -> style
 
 def _token(row: TraceRow, i: int, values: np.ndarray) -> tuple[str, str]:
-    "A token and its style."
-    style = "dim" if not row.mask[i] else "" if np.isnan(values[i]) else next(s for low, s in _LEVELS if values[i] >= low)
+    "Return a token and its style."
+    style = "dim" if not row.mask[i] else "" if np.isnan(values[i]) else next(s for low, s in _STYLES if values[i] >= low)
     return safe(row.text[i]), style
 
 def _turn(row: TraceRow, j: int, tokens: list[int], values: np.ndarray) -> Panel:
-    "A turn with its numbers."
+    "Return a turn with its numbers as a panel."
     at = lambda name, xs: f"{name} {xs[j]:g}" if j < len(xs) and xs[j] is not None and xs[j] == xs[j] else ""
     head = [f"turn {j + 1}", row.turn_kinds[j] if j < len(row.turn_kinds) else "", at("reward", row.turn_rewards), at("advantage", row.turn_advantages)]
     return Panel(Text.assemble(*(_token(row, i, values) for i in tokens)), title=Text(safe(" · ".join(x for x in head if x))), title_align="left")
@@ -43,23 +43,25 @@ def _turn(row: TraceRow, j: int, tokens: list[int], values: np.ndarray) -> Panel
 def shown(
     row: TraceRow,   # a trajectory
 ) -> Group:          # for `rich.print`
-    "A trajectory turn by turn; by the trainer's log-probabilities, else by the sampler's."
+    "Return a trajectory turn by turn, its tokens styled by the trainer's log-probabilities, otherwise by the sampler's."
     values = row.logprob if not np.isnan(row.logprob).all() else row.sampling_logprob
-    facts = [row.id, f"step {row.step}", f"group {row.group}", f"reward {row.reward:g}" if row.reward is not None else "", row.stop, row.origin if row.origin != "sampled" else "", row.dropped or ""]
+    facts = [row.id, f"step {row.step}", f"group {row.group}", f"reward {row.reward:g}" if row.reward is not None else "", row.stop]
+    facts += [row.origin if row.origin != "sampled" else "", f"dropped or masked: {row.dropped}" if row.dropped else ""]
     parts = [Text(safe(" · ".join(x for x in facts if x)), style="bold"), Panel(Text(safe("".join(row.prompt_text)), style="dim"), title="prompt", title_align="left")]
     parts += [_turn(row, j, list(tokens), values) for j, tokens in groupby(range(len(row.ids)), key=lambda i: int(row.turn[i]))]
-    told = [f"{name}: {safe(value)}" for name, value in (("reference", row.answer), ("also on record", row.notes)) if value]
-    return Group(*parts, Text("\n".join(told), style="dim"))
+    extra = [f"{name}: {safe(value)}" for name, value in (("reference", row.answer), ("notes", row.notes)) if value]
+    return Group(*parts, Text("\n".join(extra), style="dim"))
 
 # %% ../../nbs/45_traces/11_terminal.ipynb #cb8bb309
 def _cell(x) -> str:
-    "A value for a table; nothing for what is missing."
+    "Format a value for a table; nothing for a missing one."
     return "" if x is None or x != x else f"{x:.3g}" if isinstance(x, float) else safe(str(x))
 
 def _table(frame, names: dict) -> Table:
-    "Columns of a frame under their titles."
+    "Return columns of a frame under their titles."
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, title in names.items(): table.add_column(title, overflow="ellipsis", no_wrap=True, min_width=max(map(len, frame.id)) if name == "id" and len(frame) else None)
+    wide = lambda name: max(map(len, frame.id)) if name == "id" and len(frame) else None   # an id is never cut
+    for name, title in names.items(): table.add_column(title, overflow="ellipsis", no_wrap=True, min_width=wide(name))
     for values in frame[list(names)].itertuples(index=False): table.add_row(*map(Text, map(_cell, values)))
     return table
 
@@ -67,10 +69,12 @@ def overview(
     run: Run,          # an open run
     last: int = 15,    # steps and rollouts shown
 ) -> Group:            # for `rich.print`
-    "A run at a glance: status, last steps, last rollouts."
+    "Return a run at a glance: status, last steps, last rollouts."
     meta, steps, index = run.meta(), run.steps().tail(last), run.index().tail(last)
-    names = {"step": "step", "split": "split", "trajectories": "rollouts", "reward": "reward", "positive": "above 0", "mean_entropy": "entropy", "calls": "calls", "failed_calls": "failed"}
+    names = {"step": "step", "split": "split", "trajectories": "rollouts", "reward": "reward", "positive": "above 0", "mean_entropy": "entropy",
+             "calls": "calls", "failed_calls": "failed"}
     rows = {"id": "id", "reward": "reward", "stop": "ended by", "turns": "turns", "model_tokens": "tokens", "prompt": "prompt"}
     rows = {name: title for name, title in rows.items() if name == "id" or not len(index) or index[name].notna().any()}   # an import may have no tokens
     head = Text(safe(f"{run.path.resolve().name} · {run.status()} · step {meta.get('step', 0)}"), style="bold")
-    return Group(head, Text(safe(str(meta.get("error") or "")), style="red"), _table(steps, names), Text(), _table(index, rows), Text("tirlab trace show RUN ID shows one of them", style="dim"))
+    error, hint = Text(safe(str(meta.get("error") or "")), style="red"), Text("tirlab trace show RUN ID shows one of them", style="dim")
+    return Group(head, error, _table(steps, names), Text(), _table(index, rows), hint)

@@ -221,7 +221,7 @@ def build(self: BatchBuilder,
     for rounds_left in range(self.args.oversample_rounds if self.args.oversample else 0, -1, -1):
         batch = sample(rows)
         parts = self.gather(list(zip(batch.rows, batch.prompts, batch.trajectories))) if self.selects else []
-        self.learn(total_rewards(batch.rewards, self.weights), [t.own for *_, t in parts] if parts else self.gather([t.own for t in batch.trajectories]))
+        self.learn(total_rewards(batch.rewards, self.weights), [t.on_policy for *_, t in parts] if parts else self.gather([t.on_policy for t in batch.trajectories]))
         if not self.selects: return batch
         new = self.groups_of(parts, batch.rewards)
         groups, reasons = groups + new, reasons + self.reasons_of(new)

@@ -78,7 +78,7 @@ def log_on_policy(
     batch: Batch,   # with rewards
 ) -> None:
     "Log the mean reward of rollouts that are neither demonstrated, hinted nor replayed."
-    own = torch.tensor(gather_object([t.own for t in batch.trajectories]), device=batch.rewards.device)
+    own = torch.tensor(gather_object([t.on_policy for t in batch.trajectories]), device=batch.rewards.device)
     if own.any(): trainer._metrics["train"]["reward/own"].append(total_rewards(batch.rewards, trainer.reward_weights)[own].nanmean().item())
 
 # %% ../../nbs/60_trainer/14_batch_credit.ipynb #979411de

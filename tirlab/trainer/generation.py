@@ -58,7 +58,7 @@ def supervision_plan(
     first: int,         # number of the first rollout among those of the step
 ) -> Plan:              # empty in evaluation
     "Decide for each row who writes it, and with what hint."
-    if not (trainer.supervision and trainer.model.training): return Plan([None] * len(rows), {}, {})
+    if not trainer.supervision or "eval" in noise: return Plan([None] * len(rows), {}, {})
     return make_plan(trainer.supervision, rows, formats, limits, trainer.args.answer_template.format, first, trainer.num_generations, run_done(trainer), noise)
 
 def with_hints(
@@ -121,7 +121,7 @@ def roll_out(
     with gathered(trainer), engine.ready(version):
         trainer.canary.ask(engine, min(rendered, key=len), version)
         limits = rollout_limits(args, context_tokens(trainer, engine), bool(trainer.tools))
-        plan = supervision_plan(trainer, rows, formats, limits, noise, first) if training else Plan([None] * len(rows), {}, {})
+        plan = supervision_plan(trainer, rows, formats, limits, noise, first)
         made = rollouts(with_hints(trainer, rendered, prompts, formats, plan.hints), engine, tools, formats, limits, sampling_of(args), noise, first, trainer.schedule,
                         args.max_concurrent_tools, getattr(trainer, "async_loop", None), clock, environments, renew if environments else None, plan.own)
         if trainer.engine_name == "trl" and together: keep_up(trainer._generate_single_turn, rendered[0], together)

@@ -71,7 +71,7 @@ def sampler_logprobs(
 ) -> list[list] | None:               # B, nats; None where the engine gives none
     "Return the sampler's log-probability of each token, None for those of rows that the policy did not sample."
     logprobs = [t.logprobs if t.turns else [0.0] for t in trajectories]
-    if all(p is None for p in logprobs) and any(t.own for t in trajectories): return None   # where no row is on-policy, other processes may have the column
+    if all(p is None for p in logprobs) and any(t.on_policy for t in trajectories): return None   # where no row is on-policy, other processes may have the column
     return [[None] * len(i) if p is None else list(p) for p, i in zip(logprobs, ids)]
 
 def as_generated(

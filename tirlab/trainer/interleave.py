@@ -182,7 +182,7 @@ def _hear_again(trainer, after, until):
     "Let the monitor know what was logged in a round of RL up to a step; the alarms of it."
     monitor = _monitor(trainer)
     if monitor is None: return []
-    monitor.detectors.settle()
+    monitor.detectors.clear_sums()
     metrics, heard = open_run(trainer.run_dir).metrics(), []
     for _, logged in metrics[(metrics.split == "train") & (metrics.step > after) & (metrics.step <= until)].iterrows():
         heard += monitor.detectors.update(int(logged.step), logged.drop("split").to_dict())

@@ -243,7 +243,7 @@ def record_scores(
     "Hand log-probabilities, entropies and what the probe read to the record; when a step is over, log its probe signals."
     batch, split, (logp, entropy) = trainer.batch, split_of(trainer), (logp.detach(), entropy.detach())
     rows = given["row"].tolist()
-    columns = trainer.watch.hear([batch.ids[i] for i in rows], [batch.trajectories[i] for i in rows], logp, entropy, given)
+    columns = trainer.watch.collect([batch.ids[i] for i in rows], [batch.trajectories[i] for i in rows], logp, entropy, given)
     if split == "eval" or (trainer._step + 1) % trainer.current_gradient_accumulation_steps == 0:   # as TRL tells the end of a step
         for name, value in trainer.watch.signals(gather_object).items(): trainer._metrics[split][name].append(value)
     if not trainer.recorder or "record" not in given: return
