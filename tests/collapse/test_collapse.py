@@ -100,14 +100,14 @@ def test_culprits_are_the_tokens_behind_the_number(tmp_path):
     t, _ = trained(tmp_path, watching(), max_steps=1, temperature=1.0)
     run, logs = open_run(t.run_dir), next(m for m in t.state.log_history if "reward" in m)
     names = run.meta()["probed_tokens"]
-    worst = t._watch.culprits("probe/im_end/forbidden_max")
+    worst = t.watch.culprits("probe/im_end/forbidden_max")
     assert worst[0]["value"] == pytest.approx(logs["probe/im_end/forbidden_max"], rel=1e-5) and [c["value"] for c in worst] == sorted([c["value"] for c in worst], reverse=True)
     row = run.trajectory(worst[0]["id"])
     assert np.exp(row.control[worst[0]["position"], names.index("<|im_end|>")]) == pytest.approx(worst[0]["value"], rel=2e-2)
-    least = t._watch.culprits("probe/probability_min")[0]
+    least = t.watch.culprits("probe/probability_min")[0]
     assert least["value"] == pytest.approx(logs["probe/probability_min"], rel=1e-5) == pytest.approx(np.exp(run.trajectory(least["id"]).logprob[least["position"]]), rel=1e-4)
-    assert t._watch.culprits("probe/logit_gradient/turn_1") and t._watch.culprits("reward") == [] and t._watch.culprits("probe/logit_gradient/turn_99") == []
-    silent = t._watch.culprits("probe/call_rate")
+    assert t.watch.culprits("probe/logit_gradient/turn_1") and t.watch.culprits("reward") == [] and t.watch.culprits("probe/logit_gradient/turn_99") == []
+    silent = t.watch.culprits("probe/call_rate")
     assert all(run.trajectory(c["id"]).turn_kinds for c in silent)
 
 
@@ -118,8 +118,8 @@ def test_wrong_arguments():
 def test_culprits_of_void_turns_follow_the_answer_pattern(tmp_path):
     "A plain answer is void where answers are boxed: the rate counts it, and it is named."
     t, _ = trained(tmp_path / "boxed", watching(), max_steps=1, temperature=1.0, answer_pattern=r"\\boxed")
-    rate, found = next(m for m in t.state.log_history if "reward" in m)["probe/void_rate"], t._watch.culprits("probe/void_rate")
-    void = {name for name, x in zip(t._watch._last[1], t._watch._last[0]) if any(void_turns(x, has_answer(r"\\boxed")))}
-    assert rate > 0 and found and {c["id"] for c in found} <= void and len(found) == min(5, sum(sum(void_turns(x, has_answer(r"\\boxed"))) for x in t._watch._last[0]))
-    plain = find_culprits("probe/void_rate", *t._watch._last, t._watch.probe.tokens, t._watch.end)
+    rate, found = next(m for m in t.state.log_history if "reward" in m)["probe/void_rate"], t.watch.culprits("probe/void_rate")
+    void = {name for name, x in zip(t.watch._last[1], t.watch._last[0]) if any(void_turns(x, has_answer(r"\\boxed")))}
+    assert rate > 0 and found and {c["id"] for c in found} <= void and len(found) == min(5, sum(sum(void_turns(x, has_answer(r"\\boxed"))) for x in t.watch._last[0]))
+    plain = find_culprits("probe/void_rate", *t.watch._last, t.watch.probe.tokens, t.watch.end)
     assert len(plain) < len(found)

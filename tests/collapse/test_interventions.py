@@ -2,6 +2,7 @@
 
 import random
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tirlab.collapse.probes import ControlProbe
 from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.rollout.engines import generate
 from tirlab.core.trajectory import StopReason, Trajectory, Turn, TurnKind
+from tirlab.trainer import trainer
 
 TOKENIZER = AutoTokenizer.from_pretrained(tiny_policy())
 OPEN, CLOSE, END = (TOKENIZER.convert_tokens_to_ids(t) for t in ("<tool_call>", "</tool_call>", "<|im_end|>"))
@@ -283,13 +285,12 @@ def run(folder, steps=2, clamps=None, **options):
     common = dict(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=8, max_completion_length=96, seed=0,
                   learning_rate=1e-4, save_strategy="no", disable_tqdm=True, report_to="none", probe="on", temperature=0.7, trace=False)
     t = TIRTrainer(tiny_policy(), length_reward, TIRConfig(**common | options), make_tasks("arithmetic", n=8), environment_factory=ENVIRONMENTS, interventions=clamps)
-    t.seen, loss = [], t._compute_loss
-    def note(model, inputs):   # importance ratios, against the sampler where there is no older forward pass
-        out, mask = loss(model, inputs), (inputs["completion_mask"] * inputs["tool_mask"]).bool()
-        t.seen.append((t._scores[0] - inputs.get("old_per_token_logps", inputs["sampling_per_token_logps"])).exp()[mask])
+    t.seen, score = [], trainer.score_tokens
+    def note(t, model, inputs):   # importance ratios, against the sampler where there is no older forward pass
+        out, mask = score(t, model, inputs), (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+        t.seen.append((out[0].detach() - inputs.get("old_per_token_logps", inputs["sampling_per_token_logps"])).exp()[mask])
         return out
-    t._compute_loss = note
-    t.train()
+    with mock.patch.object(trainer, "score_tokens", note): t.train()
     return t, {k: [m[k] for m in t.state.log_history if k in m] for m in t.state.log_history for k in m}
 
 

@@ -2,7 +2,9 @@
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -311,18 +313,15 @@ def trl_step(kind, args, folder, probe=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = kind[0](tiny_policy(), answer_reward, kind[1](**common), make_tasks("all", n=2), environment_factory=ENVIRONMENTS)
-        trainer._rows_of_step, trainer.current_gradient_accumulation_steps = {}, 1
+        trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
         torch.manual_seed(0)
         inputs = trainer._generate_and_score_completions([x for x in trainer.train_dataset for _ in range(4)])
-    inner, scores = trainer._get_per_token_logps_and_entropies, []
-    def score(model, *args, **kwargs):
-        if probe is None: return inner(model, *args, **kwargs)
-        with probe.watch(model): scores.append(inner(model, *args, batch_size=3, **kwargs) if "batch_size" not in kwargs else inner(model, *args, **kwargs))
+    inner, scores = GRPOTrainer._get_per_token_logps_and_entropies, []
+    def score(self, model, *args, **kwargs):
+        with probe.watch(model) if probe else nullcontext(): scores.append(inner(self, model, *args, **{"batch_size": 3} | kwargs))
         return scores[-1]
-    trainer._get_per_token_logps_and_entropies = score
-    if probe is None: trainer._get_per_token_logps_and_entropies = lambda *a, **k: inner(*a, **{"batch_size": 3} | k)
-    loss = trainer._compute_loss(trainer.model, inputs)
+    with mock.patch.object(GRPOTrainer, "_get_per_token_logps_and_entropies", score): loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
     return trainer, inputs, loss.item(), [p.grad for p in trainer.model.parameters()], scores
 

@@ -61,7 +61,7 @@ def test_a_nan_in_the_policy_is_named(tmp_path):
     common = dict(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, num_generations=8, max_completion_length=32, report_to="none", trace=False)
     for probe in ("on", "warn"):
         t = TIRTrainer(tiny_policy(), answer_reward, TIRConfig(probe=probe, **common), make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
-        t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
+        t.current_gradient_accumulation_steps = 1
         t.model.train()
         batch = t._generate_and_score_completions([t.train_dataset[0]] * 8)
         with torch.no_grad(): t.model.lm_head.weight[t._tokenizer.convert_tokens_to_ids("<tool_call>")] = torch.nan

@@ -143,7 +143,7 @@ def trained(name, case, folder, monkeypatch, call_format=None):
     inner = trainer._generate_and_score_completions
     def keep(inputs):
         kept.update(inner(inputs))
-        kept["trajectories"] = list(trainer._batch)
+        kept["trajectories"] = list(trainer.batch.trajectories)
         return dict(kept)
     trainer._generate_and_score_completions = keep
     trainer.train()

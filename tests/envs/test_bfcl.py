@@ -328,13 +328,13 @@ def test_the_trainer_rolls_it_out(several, tmp_path):
     args = TIRConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=6, num_generations=3, max_completion_length=1300, learning_rate=1e-4, seed=0, save_strategy="no",
                      disable_tqdm=True, report_to="none", probe="off", trace=False, max_turn_length=200, max_tool_calling_iterations=12)
     t = TIRTrainer(tiny_policy(), bfcl_reward, args, rows, environment_factory={"bfcl": BFCLEnvironment} if several else BFCLEnvironment, supervision=[OffPolicy(1), Hints(1)])
-    t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
+    t.current_gradient_accumulation_steps = 1
     t.model.train()
     out = t._generate_and_score_completions([rows[i] for i in range(2) for _ in range(3)])
-    assert [x.origin for x in t._batch] == ["demonstration", "hinted", "sampled"] * 2 and t._rewards[:, 0].tolist()[::3] == [1.0, 1.0]
+    assert [x.origin for x in t.batch.trajectories] == ["demonstration", "hinted", "sampled"] * 2 and t.batch.rewards[:, 0].tolist()[::3] == [1.0, 1.0]
     limits = RolloutLimits(2**16)
     for i, own in enumerate(demonstrate(list(rows), TOK, {"bfcl": BFCLEnvironment}, limits=limits)):
-        shown = t._batch[3 * i]
-        assert shown.prompt_ids == own.prompt_ids == t._batch[3 * i + 2].prompt_ids and shown.completion_ids == own.completion_ids
+        shown = t.batch.trajectories[3 * i]
+        assert shown.prompt_ids == own.prompt_ids == t.batch.trajectories[3 * i + 2].prompt_ids and shown.completion_ids == own.completion_ids
         assert out["tool_mask"][3 * i].tolist()[:len(own.mask)] == own.mask
-    assert "tools_of_the_task" not in TOK.decode(t._batch[0].prompt_ids)
+    assert "tools_of_the_task" not in TOK.decode(t.batch.trajectories[0].prompt_ids)

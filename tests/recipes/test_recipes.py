@@ -21,6 +21,9 @@ from tirlab.trainer.effects import Effects, looked_at
 from tirlab.recipes.published import RECIPES, recipe
 from tirlab.recipes.arguments import arguments_of, rate_line, read_train_settings, recipe_sets, train_config
 from tirlab.recipes.training import recipe_plan, recipe_trainer, train_recipe, trainer_arguments
+from tirlab.trainer.generation import score
+from tirlab.trainer.objective import score_tokens
+from tirlab.trainer.batch_credit import turn_credit
 from tirlab.recipes.demo import RewardBar
 from tirlab.rollout.writers import EndpointWriter
 from tirlab.core.tiny import tiny_policy
@@ -78,8 +81,8 @@ def scripted(name, tmp_path, monkeypatch, rewards=rewards, **changes):
 
 def of_turns(t, inputs, row):
     "Advantage of each turn of a row."
-    turns = t._batch[row].turn_of_token
-    return [inputs["advantages"][row, turns.index(j)].item() for j in range(len(t._batch[row].turns))]
+    turns = t.batch.trajectories[row].turn_of_token
+    return [inputs["advantages"][row, turns.index(j)].item() for j in range(len(t.batch.trajectories[row].turns))]
 
 
 def test_gtpo_gives_turns_their_discounted_return(tmp_path, monkeypatch):
@@ -95,7 +98,7 @@ def test_gtpo_rewards_code_like_that_of_the_success(tmp_path, monkeypatch):
     scripts = [[call(code), answer] for code, answer in (("37+48", "85"), ("37+49", "86"), ("print()", "x"), ("37+48", "7"))]
     t = trainer(tmp_path, monkeypatch, scripts=scripts, rewards=lambda completions, **kwargs: [float(i % 4 == 0) for i in range(8)], **recipe("gtpo", num_generations=4, trace=False))
     batch_and_gradient(t)
-    right, near, far, same = t._credit(4)[0][:4].nan_to_num().sum(1).tolist()
+    right, near, far, same = turn_credit(t, t.batch)[0][:4].nan_to_num().sum(1).tolist()
     assert right == 1 and same == pytest.approx(0.5) and 0 == far < near < 0.5
 
 
@@ -161,7 +164,7 @@ def test_thor_adds_the_likelihood_of_successes(tmp_path, monkeypatch):
     t.args.positive_nll_coef = 0.0
     mask = inputs["completion_mask"] * inputs["tool_mask"]
     weights = token_weights(mask, "dapo", num_items=inputs["num_items_in_batch"], windows=1, max_completion_length=300)
-    nll = -t._scores[0] * (inputs["advantages"] > 0)[:, None]
+    nll = -score_tokens(t, t.model, inputs)[0].detach() * (inputs["advantages"] > 0)[:, None]
     assert loss - gradient(t, inputs)[0] == pytest.approx(0.1 * (weights * nll).sum().item(), rel=1e-3)
 
 
@@ -214,13 +217,13 @@ def test_prorl_resets_reference_and_moments(tmp_path, monkeypatch):
 def test_mopps_learns_which_prompts_teach(tmp_path, monkeypatch):
     t = scripted("mopps", tmp_path, monkeypatch, steps=2)
     t.train()
-    assert sum(sum(c) - 2 for c in t._batches.more.counts.values()) == 2 * 8      # what was seen beside the prior: two batches of eight rollouts
+    assert sum(sum(c) - 2 for c in t.builder.more.counts.values()) == 2 * 8      # what was seen beside the prior: two batches of eight rollouts
 
 
 def test_arpo_keeps_successes_for_groups_without_one(tmp_path, monkeypatch):
     t = scripted("arpo", tmp_path, monkeypatch)
     t.train()
-    assert [len(q) for q in t._batches.replay.kept.values()] == [1, 2]      # rewards 1 0 0 0 and 1 0 0 1
+    assert [len(q) for q in t.builder.replay.kept.values()] == [1, 2]      # rewards 1 0 0 0 and 1 0 0 1
 
 
 def test_empo_needs_no_answers(tmp_path, monkeypatch):
@@ -236,8 +239,9 @@ def test_rlcr_takes_the_brier_score_off(tmp_path):
 def _rewards(name, said, tmp_path):
     "What a recipe's trainer gives to four final messages on one prompt whose answer is 85."
     t = recipe_trainer(SMALL | dict(recipe=name, output_dir=str(tmp_path)))
-    prompt, t.environments, t._batch = [{"role": "user", "content": "How many?"}], [], [SimpleNamespace(turns=[1], reward_messages=[])] * 4
-    return t._calculate_rewards([{"prompt": prompt, "answer": "85"}] * 4, [prompt] * 4, [[{"role": "assistant", "content": s}] for s in said], [[1]] * 4).tolist()
+    prompt, t.environments = [{"role": "user", "content": "How many?"}], []
+    rollouts = [SimpleNamespace(turns=[1], completion_ids=[1], messages=[{"role": "assistant", "content": s}], reward_messages=[]) for s in said]
+    return score(t, [{"prompt": prompt, "answer": "85"}] * 4, [prompt] * 4, rollouts).tolist()
 
 
 # ---- arguments

@@ -52,7 +52,7 @@ def test_a_conversation_is_trained_on(kind, engine, tmp_path):
     args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), engine=engine, seed=1, **SMALL)
     trainer, outputs = TIRTrainer(tiny_policy(), [seen], args, rows, rows, environment_factory=factory), []
     inner, tools = trainer._generate_and_score_completions, list(trainer.tools)
-    trainer._generate_and_score_completions = lambda inputs: (outputs.append((inner(inputs), trainer._batch)), outputs[-1][0])[1]
+    trainer._generate_and_score_completions = lambda inputs: (outputs.append((inner(inputs), trainer.batch.trajectories)), outputs[-1][0])[1]
     SEEN.clear()
     trainer.train()
     trainer.evaluate()

@@ -241,7 +241,7 @@ def trainer(tmp_path, environment=PythonEnvironment, tasks=None, **options):
 def test_training_goes_on_while_one_group_is_whole(advantage, tmp_path):
     t = trainer(tmp_path, advantage=advantage)
     lost = {noise_seed(t.args.seed, "train", 1, row, 0) for row in (2, 5)}     # two rows of the first group fail at their first turn
-    t._sampler = breaks(t.model, lambda ids, sampling: sampling.seed in lost)
+    t.engine = breaks(t.model, lambda ids, sampling: sampling.seed in lost)
     t.train()
     index = open_run(t.run_dir).index()
     assert (index.stop == "failed").sum() == 2 and len(index) == 16
@@ -250,7 +250,7 @@ def test_training_goes_on_while_one_group_is_whole(advantage, tmp_path):
 
 def test_no_whole_group_ends_the_run_with_what_the_engine_said(tmp_path):
     t = trainer(tmp_path)
-    t._sampler = breaks(t.model, lambda ids, sampling: True)
+    t.engine = breaks(t.model, lambda ids, sampling: True)
     with pytest.raises(EngineError, match="No group of rollouts is whole, 16 of 16 failed: The server is gone."):
         t.train()
     assert open_run(t.run_dir).status() == "failed"
@@ -307,7 +307,7 @@ def test_an_engine_with_other_weights_is_found_out(tmp_path):
                 if version == 0 or not stale:
                     theirs.load_state_dict(t.model.state_dict())
                 return super().ready(version)
-        t._sampler, t._canary.needed = Copy(theirs, TOK), True
+        t.engine, t.canary.needed = Copy(theirs, TOK), True
         t.args.sync_tolerance = 1e-4
         t.train()
         return t
@@ -464,7 +464,7 @@ def test_without_tools_a_failed_row_is_no_token_to_learn(tmp_path):
     args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), **SMALL)
     t = TIRTrainer(tiny_policy(), [answer_reward], args, make_tasks("arithmetic", n=8))
     lost = {noise_seed(args.seed, "train", 1, row, 0) for row in (2, 5)}
-    t._sampler = breaks(t.model, lambda ids, sampling: sampling.seed in lost)
+    t.engine = breaks(t.model, lambda ids, sampling: sampling.seed in lost)
     t.train()
     assert (open_run(t.run_dir).index().stop == "failed").sum() == 2
 
@@ -480,7 +480,7 @@ def test_every_train_takes_the_weights_anew(tmp_path):
                 self.version = version
                 theirs.load_state_dict(t.model.state_dict())
             return super().ready(version)
-    t._sampler, t._canary.needed, t.args.sync_tolerance = Copy(theirs, TOK), True, 1e-4
+    t.engine, t.canary.needed, t.args.sync_tolerance = Copy(theirs, TOK), True, 1e-4
     t.train()
     t.train()
     with torch.no_grad():
@@ -492,7 +492,7 @@ def test_every_train_takes_the_weights_anew(tmp_path):
 def test_turn_budgets_hold_with_trls_sampler(tmp_path):
     t = trainer(tmp_path, engine="trl", max_turn_length=5)
     t.train()
-    assert max(len(turn.ids) for x in t._batch for turn in x.turns) == 5
+    assert max(len(turn.ids) for x in t.batch.trajectories for turn in x.turns) == 5
 
 
 def test_filters_that_could_not_work_are_refused():

@@ -106,7 +106,7 @@ def test_tools_bound_to_a_thread_train(environment, running, workers, tmp_path):
             t.train()
             return t
         t = called_from(running, work)
-    results = [r for x in t._batch for r in x.results if r.error not in (ToolError.UNKNOWN, ToolError.MALFORMED)]
+    results = [r for x in t.batch.trajectories for r in x.results if r.error not in (ToolError.UNKNOWN, ToolError.MALFORMED)]
     assert len(results) >= 4 and not [r.content for r in results if "thread" in r.content] and any(r.error is None for r in results)
     assert asked == [True] and all(e.get_reward() == 1 for e in t.environments)
 

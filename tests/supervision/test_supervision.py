@@ -10,6 +10,8 @@ from tirlab.all import AuxiliarySFT, Hints, OffPolicy, Replay, TIRConfig, TIRTra
 from tirlab.supervision.in_batch import check_supervision, lesson_tensors
 from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.core.tiny import tiny_tokenizer
+from tirlab.trainer.handover import sampler_logprobs
+from tirlab.trainer.objective import lesson_loss
 
 GROUP, TOK = 4, tiny_tokenizer()
 TASKS = make_tasks("all", n=6)
@@ -22,7 +24,7 @@ def trainer(folder, supervision=None, **options):
 
 
 def batch(t, rows=(0, 1)):
-    t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
+    t.current_gradient_accumulation_steps = 1
     t.model.train()
     return t._generate_and_score_completions([TASKS[i] for i in rows for _ in range(GROUP)])
 
@@ -40,17 +42,17 @@ def test_what_is_shown_and_told_and_what_the_others_sample(tmp_path, call_format
     monkeypatch.setattr(tirlab.trainer.generation, "rollouts", lambda prompts, *args, **kwargs: asked.append(list(prompts)) or real(prompts, *args, **kwargs))
     plain, helped = trainer(tmp_path / "a", trace=False, call_format=call_format), trainer(tmp_path / "b", [Hints(1), OffPolicy(1)], trace=False, call_format=call_format)
     before, after = batch(plain), batch(helped)
-    assert [t.origin for t in helped._batch] == ["demonstration", "hinted", "sampled", "sampled"] * 2 and {t.origin for t in plain._batch} == {"sampled"}
-    for i, (a, b) in enumerate(zip(plain._batch, helped._batch)):
+    assert [t.origin for t in helped.batch.trajectories] == ["demonstration", "hinted", "sampled", "sampled"] * 2 and {t.origin for t in plain.batch.trajectories} == {"sampled"}
+    for i, (a, b) in enumerate(zip(plain.batch.trajectories, helped.batch.trajectories)):
         if i % GROUP > 1: assert a.completion_ids == b.completion_ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
         else: assert b.logprobs is None
         assert a.prompt_ids == b.prompt_ids
-    for row, t in zip((0, 1), helped._batch[::GROUP]):
+    for row, t in zip((0, 1), helped.batch.trajectories[::GROUP]):
         own = demonstrate([TASKS[row]], TOK, ENVIRONMENTS, call_format=call_format)[0]
-        assert t.completion_ids == own.completion_ids and helped._rewards[row * GROUP, 0] == 1
+        assert t.completion_ids == own.completion_ids and helped.batch.rewards[row * GROUP, 0] == 1
     told = [TOK.decode(p) for p in asked[1]]
     assert all(("Notes that may help" in p) == (i % GROUP == 1) for i, p in enumerate(told)) and not any("Notes" in TOK.decode(p) for p in asked[0])
-    assert "Notes" in helped._batch[1].hint and helped._batch[2].hint is None
+    assert "Notes" in helped.batch.trajectories[1].hint and helped.batch.trajectories[2].hint is None
     assert not any("Notes" in TOK.decode(p) for p in after["prompt_ids"]) and after["prompt_ids"].shape == before["prompt_ids"].shape
     wrote = (after["completion_mask"] * after["tool_mask"]).bool()
     assert [p[m].isnan().all().item() for p, m in zip(after["sampling_per_token_logps"], wrote)] == [True, True, False, False] * 2 and not after["sampling_per_token_logps"][2::GROUP].isnan().any()
@@ -61,7 +63,7 @@ def test_a_hinted_rollout_is_what_the_hinted_prompt_gives(tmp_path, where):
     "Sampled from the prompt with the hint (greedily, that is what the policy says there), scored behind the prompt without it."
     t = trainer(tmp_path, [Hints(1, where, hint=lambda row: "answer at once: 7")], trace=False, temperature=1e-4, steps_per_generation=2, per_device_train_batch_size=GROUP, gradient_accumulation_steps=1)
     out = batch(t)
-    row, messages = t._batch[0], TASKS[0]["prompt"]
+    row, messages = t.batch.trajectories[0], TASKS[0]["prompt"]
     text = "Notes that may help; follow them only where they do:\nanswer at once: 7"
     hinted = [{"role": "system", "content": text}, *messages] if where == "system" else [messages[0] | {"content": f"{messages[0]['content']}\n\n{text}"}]
     prompt = TOK.apply_chat_template(hinted, add_generation_prompt=True, return_dict=False, tools=t._env_tools[TASKS[0]["environment"]] if t.environment_factories else None)
@@ -105,7 +107,7 @@ def test_importance_weights_give_the_gradient_of_their_objective(tmp_path, shapi
         assert "old_per_token_logps" in out
         with torch.no_grad():
             for p in t.model.parameters(): p.add_(0.02 * torch.randn_like(p))   # an update lies between
-    assert out["shown"].tolist() == [True, False, False, False] * 2 and out["advantages"][0] != 0
+    assert out["demonstrated"].tolist() == [True, False, False, False] * 2 and out["advantages"][0] != 0
     ours = grads(t, t._compute_loss(t.model, out))
     ids, keep = torch.cat([out["prompt_ids"], out["completion_ids"]], 1), out["completion_ids"].shape[1]
     logp = super(TIRTrainer, t)._get_per_token_logps_and_entropies(t.model, ids, torch.cat([out["prompt_mask"], out["completion_mask"]], 1), keep)[0]
@@ -113,7 +115,7 @@ def test_importance_weights_give_the_gradient_of_their_objective(tmp_path, shapi
     ratio, p, advantages, mask = (logp - old).exp(), logp.exp(), out["advantages"][:, None], (out["completion_mask"] * out["tool_mask"]).float()
     objective = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     bent = (p if shaping is None else p / (p + shaping)) * advantages
-    objective = torch.where(out["shown"][:, None], bent, objective)
+    objective = torch.where(out["demonstrated"][:, None], bent, objective)
     wanted = grads(t, -((objective * mask).sum(1) / mask.sum(1)).mean())
     assert torch.allclose(ours, wanted, atol=1e-6), (ours - wanted).abs().max()
 
@@ -122,7 +124,7 @@ def test_without_importance_a_shown_row_is_a_row(tmp_path):
     "As in the paper's code: no key in the batch, the same loss as TRL's own on the same tokens."
     t = trainer(tmp_path, [OffPolicy(1)], trace=False)
     out = batch(t)
-    assert "shown" not in out and out["advantages"][0] > 0 > out["advantages"][1:GROUP].min()
+    assert "demonstrated" not in out and out["advantages"][0] > 0 > out["advantages"][1:GROUP].min()
 
 
 def test_the_supervised_term_is_the_likelihood_of_the_right_calls(tmp_path):
@@ -130,7 +132,7 @@ def test_the_supervised_term_is_the_likelihood_of_the_right_calls(tmp_path):
     t = trainer(tmp_path, [AuxiliarySFT(0.5)], trace=False)
     out = batch(t)
     lessons = demonstrate([TASKS[0], TASKS[1]], TOK, ENVIRONMENTS)
-    assert [x.completion_ids for x in t._lessons] == [x.completion_ids for x in lessons]
+    assert [x.completion_ids for x in t.batch.demonstrations] == [x.completion_ids for x in lessons]
     out["advantages"] = torch.zeros_like(out["advantages"])
     ours = grads(t, t._compute_loss(t.model, out))
     ids, seen, learnt = lesson_tensors(lessons, TOK.pad_token_id)
@@ -139,10 +141,10 @@ def test_the_supervised_term_is_the_likelihood_of_the_right_calls(tmp_path):
     assert torch.allclose(ours, wanted, atol=1e-6) and ours.abs().max() > 1e-3
     t.supervision = [AuxiliarySFT(0.5, until=0.5)]
     t.state.max_steps, t.state.global_step = 4, 2
-    assert t._lesson_loss(t.model) == 0.0
+    assert lesson_loss(t, t.model) == 0.0
     t.model.eval()
     t.supervision = [AuxiliarySFT(0.5)]
-    assert t._lesson_loss(t.model) == 0.0
+    assert lesson_loss(t, t.model) == 0.0
 
 
 def test_the_parts_of_a_batch_share_its_lessons(tmp_path):
@@ -157,9 +159,9 @@ def test_lessons_that_are_fewer_than_the_parts_of_a_batch_weigh_as_much(tmp_path
     t = trainer(tmp_path, [AuxiliarySFT(1.0)], trace=False, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     batch(t, (0,) * 2)
     t.current_gradient_accumulation_steps, sums = 4, 0.0
-    assert len(t._lessons) == 1
-    for t._step in range(4): sums += getattr(t._lesson_loss(t.model), 'item', lambda: 0.0)()
-    ids, seen, learnt = lesson_tensors(t._lessons, TOK.pad_token_id)
+    assert len(t.batch.demonstrations) == 1
+    for t._step in range(4): sums += getattr(lesson_loss(t, t.model), 'item', lambda: 0.0)()
+    ids, seen, learnt = lesson_tensors(t.batch.demonstrations, TOK.pad_token_id)
     logits = t.model(ids, attention_mask=seen).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     assert sums == pytest.approx(-(logits * learnt[:, 1:]).sum().item() / learnt[:, 1:].sum().item(), rel=1e-4)
 
@@ -170,49 +172,47 @@ def test_what_is_shown_and_told_is_not_what_the_policy_does(tmp_path):
     t.train()
     logged = next(m for m in t.state.log_history if "reward" in m)
     assert logged["reward"] == 0.5 and logged["reward/own"] == 0.0 and logged["probe/state/tool_call"] == 0.0
-    assert t._batches.sampler.counts and all(c == [1.0, 1.0 + GROUP - 2] for c in t._batches.sampler.counts.values()), "no success of its own"
+    assert t.builder.sampler.counts and all(c == [1.0, 1.0 + GROUP - 2] for c in t.builder.sampler.counts.values()), "no success of its own"
 
 
 def test_a_process_whose_rows_were_all_shown_has_the_column_of_the_others(tmp_path):
-    from tirlab.trainer.generation import _known
     t = trainer(tmp_path, [OffPolicy(1), Hints(1)], trace=False)
     batch(t)
-    made, own = t._batch[:2], t._batch[2:4]
-    assert _known(made, [x.completion_ids for x in made]) == [[None] * len(x.completion_ids) for x in made]
-    assert _known(own, [x.completion_ids for x in own]) == [x.logprobs for x in own]
+    made, own = t.batch.trajectories[:2], t.batch.trajectories[2:4]
+    assert sampler_logprobs(made, [x.completion_ids for x in made]) == [[None] * len(x.completion_ids) for x in made]
+    assert sampler_logprobs(own, [x.completion_ids for x in own]) == [x.logprobs for x in own]
 
 
 def test_an_engine_that_gives_no_log_probabilities_gives_none_beside_a_remembered_row(tmp_path):
     "What is the policy's own says whether the engine gives any; every process must say the same."
     from dataclasses import replace
-    from tirlab.trainer.generation import _known
     t = trainer(tmp_path, trace=False)
     batch(t)
-    silent = [replace(x, turns=[replace(u, logprobs=None) for u in x.turns]) for x in t._batch]
+    silent = [replace(x, turns=[replace(u, logprobs=None) for u in x.turns]) for x in t.batch.trajectories]
     ids = [x.completion_ids for x in silent]
-    assert _known(silent, ids) is None and _known([replace(silent[0], origin="replay"), *silent[1:]], ids) is None
+    assert sampler_logprobs(silent, ids) is None and sampler_logprobs([replace(silent[0], origin="replay"), *silent[1:]], ids) is None
 
 
 @pytest.mark.parametrize("supervision", [None, [OffPolicy(1)]])
 def test_an_engine_that_takes_less_than_the_model_is_not_asked_for_more(tmp_path, supervision):
     t = trainer(tmp_path, supervision, trace=False)
-    t._sampler = tirlab.trainer.generation.make_engine(t)
+    t.engine = tirlab.trainer.generation.make_engine(t)
     room = 12 + len(TOK.apply_chat_template(TASKS[0]["prompt"], add_generation_prompt=True, return_dict=False, tools=t._env_tools[TASKS[0]["environment"]]))
-    t._sampler.context_tokens = room
+    t.engine.context_tokens = room
     batch(t, (0, 0))
-    assert all(len(x.prompt_ids) + len(x.completion_ids) <= room for x in t._batch) and any(x.stop == "context" for x in t._batch)
+    assert all(len(x.prompt_ids) + len(x.completion_ids) <= room for x in t.batch.trajectories) and any(x.stop == "context" for x in t.batch.trajectories)
 
 
 def test_answers_are_written_as_the_pattern_wants_them(tmp_path):
     t = trainer(tmp_path, [OffPolicy(1), AuxiliarySFT()], trace=False, answer_pattern=r"\\boxed", answer_template=r"\boxed{{{}}}", void_filter="trajectory")
     out = batch(t)
-    assert r"\boxed{" + TASKS[0]["answer"] + "}" in TOK.decode(t._batch[0].completion_ids) and len(t._lessons) == 2
+    assert r"\boxed{" + TASKS[0]["answer"] + "}" in TOK.decode(t.batch.trajectories[0].completion_ids) and len(t.batch.demonstrations) == 2
     assert (out["completion_mask"] * out["tool_mask"])[0].any()
 
 
 def test_replay_as_an_argument(tmp_path):
     t = trainer(tmp_path, [Replay(size=3)], trace=False)
-    assert t._batches.replay.size == 3 and t._batches.collects
+    assert t.builder.replay.size == 3 and t.builder.collects
 
 
 def test_shown_and_told_go_together_with_batches_that_are_put_together(tmp_path):
@@ -220,7 +220,7 @@ def test_shown_and_told_go_together_with_batches_that_are_put_together(tmp_path)
     t = trainer(tmp_path, [OffPolicy(1), Hints(1), Replay()], oversample=1.0, min_reward_std=1e-3, oversample_rounds=2, advantage="gtpo", max_steps=2)
     t.train()
     run = open_run(t.run_dir)
-    kept = [x[0] for q in t._batches.replay.kept.values() for x in q]
+    kept = [x[0] for q in t.builder.replay.kept.values() for x in q]
     assert {x.origin for x in kept} <= {"sampled"}
     index = run.index()
     trained = index[index.scored_at.notna()]
@@ -231,7 +231,7 @@ def test_a_row_that_cannot_be_shown_does_not_stop_the_others(tmp_path, monkeypat
     "A demonstration that is cut off is a rollout like any other: scored, with its stop reason."
     t = trainer(tmp_path, [OffPolicy(1)], trace=False, max_completion_length=40)
     batch(t)
-    assert t._batch[0].origin == "demonstration" and len(t._batch[0].completion_ids) <= 40
+    assert t.batch.trajectories[0].origin == "demonstration" and len(t.batch.trajectories[0].completion_ids) <= 40
 
 
 @pytest.mark.parametrize("signals,options,said", [

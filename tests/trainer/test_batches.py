@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
-from tirlab.trainer.batch import Batches, Filled, Group, replayed, task_name
+from tirlab.trainer.batch import Batch, BatchBuilder, Group, replayed, task_name
+from tirlab.trainer.objective import score_tokens
 from tirlab.algorithms.prompts import Replay, failed
 from tirlab.core.trajectory import StopReason, Trajectory, Turn, TurnKind
 
@@ -78,7 +79,7 @@ def test_a_batch_put_together_is_the_batch_that_was_sampled(tmp_path, monkeypatc
     outs = []
     for name, options in (("plain", {}), ("filled", dict(oversample=2.0, min_reward_std=1e-3))):
         t = trainer(tmp_path / name, monkeypatch, trace=False, advantage="gtpo", **options)
-        t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
+        t.current_gradient_accumulation_steps = 1
         t.model.train()
         batch = t._generate_and_score_completions([x for x in t.train_dataset.select(range(2)) for _ in range(GROUP)])
         outs.append((batch, t._compute_loss(t.model, batch).item(), {k: v for k, v in t._metrics["train"].items() if "rollout" not in k and "time" not in k}))
@@ -93,7 +94,7 @@ def test_an_old_success_takes_the_place_of_a_failure(tmp_path, monkeypatch):
     row = next(r for r in TASKS if r["prompt"][0]["content"] in HOPELESS)
     ids = TOK.encode("42<|im_end|>")
     success = Trajectory(TOK.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False), [Turn(ids, {"role": "assistant", "content": "42"}, TurnKind.RESPONSE)], StopReason.ANSWER)
-    for r in TASKS: t._batches.replay.add(task_name(r), success, 1.0, [1.0])
+    for r in TASKS: t.builder.replay.add(task_name(r), success, 1.0, [1.0])
     t.train()
     old = [r for r in rows_of(t) if r.origin == "replay"]
     assert old and all(list(r.ids) == ids and r.reward == 1 and r.scored_at == 1 for r in old)
@@ -111,7 +112,7 @@ def test_the_first_success_is_kept_and_replays_are_not():
     assert origins(replayed(make([[nan, nan], [0.0, 5.0]]), replay, weights)) == ["sampled"] * 2, "nothing is known yet, and weights decide what succeeds"
     assert origins(replayed(make([[1.0, 7.0], [0.0, 5.0]]), replay, weights)) == ["sampled"] * 2
     again = replayed(make([[0.0, 0.0], [0.0, 0.0]]), replay, weights)
-    assert origins(again) == ["replay", "sampled"] and again.scores.tolist() == [[1.0, 7.0], [0.0, 0.0]]
+    assert origins(again) == ["replay", "sampled"] and again.rewards.tolist() == [[1.0, 7.0], [0.0, 0.0]]
     assert [len(q) for q in replay.kept.values()] == [1]
 
 
@@ -119,27 +120,27 @@ def test_prompts_are_chosen_and_a_checkpoint_goes_on(tmp_path, monkeypatch):
     options = dict(prompt_sampling="mopps", mopps_pool=4, replay_successes=2)
     t = trainer(tmp_path / "a", monkeypatch, steps=4, **options, save_strategy="steps", save_steps=2)
     t.train()
-    counts = t._batches.more.counts
+    counts = t.builder.more.counts
     assert counts and all((a == 1) == (TASKS[r]["prompt"][0]["content"] in HOPELESS) for r, (a, b) in counts.items()), "successes are counted where there are any"
     first = [r.prompt_text for r in rows_of(t) if r.step > 2]
     other = trainer(tmp_path / "b", monkeypatch, steps=4, **options)
     other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert [r.prompt_text for r in rows_of(other) if r.step > 2] == first
-    a, b = (x._batches.state_dict() for x in (t, other))
+    a, b = (x.builder.state_dict() for x in (t, other))
     assert a["more"] == b["more"] and a["replay"]["kept"].keys() == b["replay"]["kept"].keys() and a["replay"]["kept"]
 
 
 def test_a_curriculum_begins_with_the_easy_ones(tmp_path, monkeypatch):
     tasks = TASKS.add_column("difficulty", list(range(8))[::-1])
     args = TIRConfig(output_dir=str(tmp_path), prompt_sampling="curriculum", curriculum_column="difficulty", curriculum_steps=10, num_generations=GROUP, per_device_train_batch_size=8)
-    batches = Batches(args, tasks, torch.ones(1))
+    batches = BatchBuilder(args, tasks, torch.ones(1))
     assert {r["difficulty"] for r in batches.choose([{}] * 8)} == {0}
     for _ in range(30): rows = batches.choose([{}] * 8)
     assert {r["difficulty"] for r in rows} - {0, 1, 2}
     with pytest.raises(ValueError, match="no column `height`.*Set curriculum_column"):
-        Batches(TIRConfig(output_dir=str(tmp_path), prompt_sampling="curriculum", curriculum_column="height"), tasks, torch.ones(1))
+        BatchBuilder(TIRConfig(output_dir=str(tmp_path), prompt_sampling="curriculum", curriculum_column="height"), tasks, torch.ones(1))
     with pytest.raises(ValueError, match="streamed"):
-        Batches(TIRConfig(output_dir=str(tmp_path), prompt_sampling="mopps"), TASKS.to_iterable_dataset(), torch.ones(1))
+        BatchBuilder(TIRConfig(output_dir=str(tmp_path), prompt_sampling="mopps"), TASKS.to_iterable_dataset(), torch.ones(1))
 
 
 @pytest.mark.parametrize("options, says", [(dict(oversample=2.0), "set min_reward_std"), (dict(oversample=0.5, min_valid=2), "give 1 or more"), (dict(prompt_sampling="best"), "'mopps'"),
@@ -179,9 +180,9 @@ def test_what_was_sampled_with_a_hint_is_scored_without_it(tmp_path, monkeypatch
     bare = TOK.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
     said = [Turn(TOK.encode(f"{i}<|im_end|>"), {"role": "assistant", "content": str(i)}, TurnKind.RESPONSE, logprobs=None if i == 0 else [-3.0] * len(TOK.encode(f"{i}<|im_end|>"))) for i in range(2 * GROUP)]
     hinted = [Trajectory(bare, [turn], StopReason.ANSWER, origin="sampled" if i else "hinted") for i, turn in enumerate(said)]     # row 0 had a hint in front, which is gone
-    filled = Filled([row] * 2 * GROUP, hinted, torch.tensor([[float(i % 2)] for i in range(2 * GROUP)]), [], [])
-    monkeypatch.setattr(t, "_batches", type("Given", (), {"collects": True, "fill": lambda self, inputs, sample: filled})())
-    t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
+    given = Batch([row] * 2 * GROUP, [row["prompt"]] * 2 * GROUP, hinted, torch.tensor([[float(i % 2)] for i in range(2 * GROUP)]), step=1)
+    monkeypatch.setattr(t, "builder", type("Given", (), {"selects": False, "build": lambda self, rows, sample: given})())
+    t.current_gradient_accumulation_steps = 1
     t.model.train()
     out = t._generate_and_score_completions([row] * 2 * GROUP)
     assert all(p[m.bool()].tolist() == bare for p, m in zip(out["prompt_ids"], out["prompt_mask"]))
@@ -191,7 +192,7 @@ def test_what_was_sampled_with_a_hint_is_scored_without_it(tmp_path, monkeypatch
     n = len(said[0].ids)
     assert out["sampling_per_token_logps"][0, :n].isnan().all() and not out["sampling_per_token_logps"][1, :n].isnan().any()
     half = {k: v[:GROUP] if v.dim() else v for k, v in out.items()}
-    assert torch.isfinite(t._compute_loss(t.model, half)) and torch.allclose(t._scores[0][0, :n], wanted, atol=1e-4)
+    assert torch.isfinite(t._compute_loss(t.model, half)) and torch.allclose(score_tokens(t, t.model, half)[0][0, :n], wanted, atol=1e-4)
 
 
 def test_when_a_task_has_failed():

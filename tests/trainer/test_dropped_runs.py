@@ -27,7 +27,7 @@ def trained(folder, reward=halves, steps=2, environment=PythonEnvironment, **opt
     class Look(ProgressCallback):
         def on_log(self, args, state, control, **kwargs):
             bars = [c.training_bar.desc for c in t.callback_handler.callbacks if getattr(c, "training_bar", None) is not None]
-            t.seen.append((t._recorder.writer.meta["warning"] if t._recorder else None, bars[0] if bars else None))
+            t.seen.append((t.recorder.writer.meta["warning"] if t.recorder else None, bars[0] if bars else None))
     t.add_callback(Look())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -60,7 +60,7 @@ def test_what_failed_is_said_by_its_error(tmp_path):
     "The second group is whole and earns the same: one failed, seven are equal."
     args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), max_steps=1, **SMALL | dict(per_device_train_batch_size=8))
     t = TIRTrainer(tiny_policy(), equal, args, make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
-    t._sampler = Breaks(t, ("train", 1, 2))
+    t.engine = Breaks(t, ("train", 1, 2))
     with pytest.warns(UserWarning, match=r"8 of 8 rollouts without a gradient: zero-variance group \(7\), a hiccup \(1\)"): t.train()
 
 

@@ -18,14 +18,14 @@ def halves(completions, **kwargs): return [float(i % 2) for i in range(len(compl
 
 def trained(folder, monkeypatch=None, **options):
     "A run on the CPU, and the ratios that its losses saw: step, number of the row, largest ratio, whether it was dropped."
-    seen, ours = [], tirlab.trainer.objective.keep_ratios
+    seen, ours = [], tirlab.trainer.objective.drop_high_ratios
     t = TIRTrainer(tiny_policy(), halves, TIRConfig(output_dir=str(folder), run_dir=str(folder / "run"), **SMALL | options), make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
-    def listen(args, logp, old, mask):
-        found = ours(args, logp, old, mask)
+    def listen(trainer, inputs, logp, mask):
+        (changed, kept), old = ours(trainer, inputs, logp, mask), inputs.get("old_per_token_logps")
         largest = torch.ones(len(logp)) if old is None else ((logp.detach() - old).exp() * mask).amax(1)
-        seen.extend((t.state.global_step + 1, i, r, found is not None and not k.any()) for i, r, k in zip(t._in_loss[0]["record"].tolist(), largest.tolist(), found[0] if found else [None] * len(logp)))
-        return found
-    if monkeypatch: monkeypatch.setattr(tirlab.trainer.objective, "keep_ratios", listen)
+        seen.extend((t.state.global_step + 1, i, r, bool(changed) and not k.any()) for i, r, k in zip(inputs["record"].tolist(), largest.tolist(), kept))
+        return changed, kept
+    if monkeypatch: monkeypatch.setattr(tirlab.trainer.objective, "drop_high_ratios", listen)
     t.train()
     return t, seen
 

@@ -275,7 +275,7 @@ def test_a_round_that_taught_nothing_leaves_the_reference_and_so_does_going_on(t
     t = trainer(tmp_path, beta=0.1, learning_rate=1e-2)
     before = log_probabilities(t, t.ref_model)
     plan.train(t)
-    assert torch.equal(log_probabilities(t, t.ref_model), before) and (t._offset, t._total) == (0, None)
+    assert torch.equal(log_probabilities(t, t.ref_model), before) and (t.step_offset, t.total_steps) == (0, None)
     phases = json.loads((tmp_path / "phases.json").read_text())
     (tmp_path / "phases.json").write_text(json.dumps(phases[:-1]))
     import shutil
@@ -303,5 +303,5 @@ def test_an_order_of_data_is_found_again_in_a_later_epoch(tmp_path):
     whole = t._get_train_sampler()
     first, second = list(iter(whole)), list(iter(whole))
     assert first != second and order(t._get_train_sampler(), 1) == second and order(t._get_train_sampler(), 0) == first
-    t._offset = 3
+    t.step_offset = 3
     assert list(iter(t._get_train_sampler())) != first

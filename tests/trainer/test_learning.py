@@ -13,6 +13,8 @@ from tirlab.algorithms.advantages import BY_TURN, ESTIMATORS
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
 from tirlab.algorithms.filters import has_answer, void_turns
 from tirlab.algorithms.losses import token_weights
+from tirlab.trainer.objective import score_tokens
+from tirlab.trainer.batch_credit import turn_credit
 
 TOK = AutoTokenizer.from_pretrained(tiny_policy(), padding_side="left")
 GROUP = 4
@@ -56,7 +58,6 @@ def trainer(tmp_path, monkeypatch, scripts=SCRIPTS, rewards=reward, steps=1, **o
 
 def batch_and_gradient(t):
     "The batch of one step, its loss and its gradient."
-    t._rows_of_step = {}
     t.model.train()
     t.current_gradient_accumulation_steps = 1
     rows = [x for x in t.train_dataset.select(range(2)) for _ in range(GROUP)]
@@ -82,9 +83,9 @@ def test_every_estimator_by_name(name, tmp_path, monkeypatch):
     a = inputs["advantages"]
     assert a.isfinite().all() and grad.isfinite().all() and grad.any()
     if name in BY_TURN:
-        turns = [[a[i, j].item() for j in range(len(x.turn_of_token)) if x.turn_of_token[j] == k] for i, x in enumerate(t._batch) for k in range(len(x.turns))]
-        assert all(len(set(x)) == 1 for x in turns) and any(len(set(a[i][torch.tensor(x.mask).bool().nonzero()[:, 0]].tolist())) > 1 for i, x in enumerate(t._batch))
-        for i, x in enumerate(t._batch):
+        turns = [[a[i, j].item() for j in range(len(x.turn_of_token)) if x.turn_of_token[j] == k] for i, x in enumerate(t.batch.trajectories) for k in range(len(x.turns))]
+        assert all(len(set(x)) == 1 for x in turns) and any(len(set(a[i][torch.tensor(x.mask).bool().nonzero()[:, 0]].tolist())) > 1 for i, x in enumerate(t.batch.trajectories))
+        for i, x in enumerate(t.batch.trajectories):
             assert a[i, :len(x.mask)][torch.tensor(x.mask) == 0].eq(0).all() and a[i, len(x.mask):].eq(0).all()
     else:
         assert a.shape == (2 * GROUP,)
@@ -94,7 +95,7 @@ def test_grpo_and_its_estimator_agree(tmp_path, monkeypatch):
     "TRL's own advantages, and ours for the same rewards."
     t = trainer(tmp_path, monkeypatch)
     inputs, *_ = batch_and_gradient(t)
-    rewards, advantages, reasons = t._credit(GROUP)
+    rewards, advantages, reasons = turn_credit(t, t.batch)
     assert torch.allclose(advantages[:, 0], inputs["advantages"], atol=1e-6) and reasons == [None] * 8
 
 
@@ -113,7 +114,7 @@ def test_a_voided_row_leaves_no_trace_in_the_gradient(loss_type, tmp_path, monke
     options = dict(loss_type=loss_type, beta=0.05, entropy_coef=0.01, trace=False, advantage="gtpo")
     t = trainer(tmp_path, monkeypatch, void_filter="trajectory", **options)
     inputs, loss, grad = batch_and_gradient(t)
-    void = torch.tensor([any(void_turns(x, has_answer())) for x in t._batch])
+    void = torch.tensor([any(void_turns(x, has_answer())) for x in t.batch.trajectories])
     mask = inputs["completion_mask"] * inputs["tool_mask"]
     assert void.sum() == 4 and mask[void].sum() == 0 and mask[~void].sum() > 0
     assert inputs["completion_mask"][void].any(1).all(), "attention is left as it was"
@@ -195,7 +196,7 @@ def test_positive_nll_is_what_it_says(loss_type, tmp_path, monkeypatch):
     plain, plain_grad = gradient(t, inputs)
     mask = inputs["completion_mask"] * inputs["tool_mask"]
     weights = token_weights(mask, loss_type, num_items=inputs["num_items_in_batch"], windows=t.args.steps_per_generation, max_completion_length=300)
-    logp = t._scores[0]
+    logp = score_tokens(t, t.model, inputs)[0].detach()
     assert loss - plain == pytest.approx((weights * torch.where(inputs["advantages"] > 0, -0.3 * logp, 0.0)).sum().item(), rel=1e-4)
     assert not torch.equal(grad, plain_grad)
 
@@ -231,7 +232,7 @@ def test_no_gradient_reaches_an_observation(loss_type, tmp_path, monkeypatch):
             leaves.append(logps)
             entropies = entropies.detach()
         return logps, entropies, aux
-    t._rows_of_step, t.current_gradient_accumulation_steps = {}, 1
+    t.current_gradient_accumulation_steps = 1
     t.model.train()
     rows = [x for x in t.train_dataset.select(range(2)) for _ in range(GROUP)]
     inputs = t._generate_and_score_completions(rows)
@@ -274,7 +275,7 @@ def test_code_shaping_gives_failures_their_likeness(tmp_path, monkeypatch):
         t = trainer(tmp_path / name, monkeypatch, scripts=scripts, rewards=lambda completions, **k: [float(i % 4 == 0) for i in range(len(completions))],
                     advantage=name, code_shaping=0.5, format_penalty=0.0, trace=False)
         batch_and_gradient(t)
-        rewards, advantages, _ = t._credit(GROUP)
+        rewards, advantages, _ = turn_credit(t, t.batch)
         assert rewards.nansum(1)[:4].tolist() == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1e-4)
         assert advantages[1, 0] > advantages[2, 0] == advantages[3, 0]
 

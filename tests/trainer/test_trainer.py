@@ -62,7 +62,7 @@ def test_gtpo_advantages_reach_the_loss(tmp_path):
     seen, inner = [], trainer._generate_and_score_completions
     def score(inputs):
         out = inner(inputs)
-        seen.append((trainer._batch, out, answer_reward([t.messages for t in trainer._batch], [x["answer"] for x in inputs])))
+        seen.append((trainer.batch.trajectories, out, answer_reward([t.messages for t in trainer.batch.trajectories], [x["answer"] for x in inputs])))
         return out
     losses, inner_loss = [], trainer._compute_loss
     def loss(model, inputs):

@@ -39,7 +39,7 @@ def test_one_failed_row_of_a_further_round_does_not_end_the_run(tmp_path):
     "The second round of sampling is one group, and it is not whole; the first round's is."
     def half(completions, **kwargs): return [0.0 if i < 4 and len(completions) > 4 else float(i % 2) for i in range(len(completions))]
     t = trainer(tmp_path, half, oversample=1.0, min_reward_std=1e-3, oversample_rounds=2)
-    t._sampler = Breaks(t, ("train", 1, 8))
+    t.engine = Breaks(t, ("train", 1, 8))
     t.train()
     index = open_run(t.run_dir).index()
     assert (index.stop == "failed").sum() == 1 and index.dropped.isna().sum() >= 4
@@ -47,13 +47,13 @@ def test_one_failed_row_of_a_further_round_does_not_end_the_run(tmp_path):
 
 def test_all_groups_broken_is_an_error_also_after_further_rounds(tmp_path):
     t = trainer(tmp_path, oversample=1.0, min_reward_std=1e-3, oversample_rounds=1, trace=False)
-    t._sampler = Breaks(t, *[("train", 1, row) for row in range(0, 64, 4)])
+    t.engine = Breaks(t, *[("train", 1, row) for row in range(0, 64, 4)])
     with pytest.raises(EngineError, match="No group of rollouts is whole.*a hiccup"): t.train()
 
 
 def test_one_failed_row_does_not_end_an_evaluation(tmp_path):
     t = trainer(tmp_path, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=1)
-    t._sampler = Breaks(t, ("eval", 1, 5))
+    t.engine = Breaks(t, ("eval", 1, 5))
     t.train()
     index = open_run(t.run_dir).index()
     assert t.state.global_step == 1 and (index[index.split == "eval"].stop == "failed").sum() == 1
@@ -63,7 +63,7 @@ def test_an_evaluation_draws_the_same_every_time(tmp_path):
     t, seen = trainer(tmp_path, trace=False, per_device_eval_batch_size=8), []
     for _ in range(2):
         t.evaluate()
-        seen.append([x.completion_ids for x in t._batch])
+        seen.append([x.completion_ids for x in t.batch.trajectories])
     assert seen[0] == seen[1]
 
 
@@ -122,10 +122,10 @@ def test_the_canary_asks_everyone_who_was_brought_weights():
 def test_where_nobody_can_be_asked_the_batch_is_the_canary(tmp_path):
     "Several processes that sample together: the gap of their rollouts stops the run, before the optimiser steps."
     t = trainer(tmp_path, trace=False)
-    t._canary = Canary(t.args, needed=False, blind=True)
+    t.canary = Canary(t.args, needed=False, blind=True)
     t.train()
-    before, t._canary, inner = [p.clone() for p in t.model.parameters()], Canary(t.args, needed=False, blind=True), t._sampler._sample
-    t._sampler._sample = lambda prompts, samplings: [Sampled(s.ids, [p - 0.1 for p in s.logprobs], s.stop) for s in inner(prompts, samplings)]
+    before, t.canary, inner = [p.clone() for p in t.model.parameters()], Canary(t.args, needed=False, blind=True), t.engine._sample
+    t.engine._sample = lambda prompts, samplings: [Sampled(s.ids, [p - 0.1 for p in s.logprobs], s.stop) for s in inner(prompts, samplings)]
     with pytest.raises(EngineError, match="0.1 nats a token from the trainer's"): t.train()
     assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters()))
 
@@ -169,7 +169,7 @@ def test_functions_that_need_an_order_get_it(tmp_path):
     t = trainer(tmp_path, environment=Counts, max_concurrent_tools=1, trace=False)
     t.train()
     assert threads and set(threads) == {threading.main_thread()}
-    answers = sorted(int(r.content) for x in t._batch for r in x.results if r.error is None)
+    answers = sorted(int(r.content) for x in t.batch.trajectories for r in x.results if r.error is None)
     assert answers == list(range(1, len(threads) + 1))
 
 

@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tirlab.algorithms.advantages import ESTIMATORS, discounted_returns, pooled_advantages, spread_to_tokens
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, tiny_policy
 from tirlab.trainer.batch import total_rewards
+from tirlab.trainer.generation import score
 from tirlab.algorithms.filters import baseline_rewards, group_verdicts, zero_variance
 from tirlab.rewards.shaping import shaped_outcomes
 
@@ -117,9 +118,9 @@ def test_rewards_of_any_number_type_mean_what_they_mean_to_trl(rewards, tmp_path
     common = dict(per_device_train_batch_size=8, num_generations=8, output_dir=str(tmp_path), report_to="none")
     ours = TIRTrainer(tiny_policy(), reward, TIRConfig(trace=False, **common), make_tasks("arithmetic", n=1))
     theirs = GRPOTrainer(tiny_policy(), reward, GRPOConfig(use_cpu=True, bf16=False, **common), make_tasks("arithmetic", n=1))
-    rows, said = [dict(make_tasks("arithmetic", n=1)[0])] * 8, [[{"role": "assistant", "content": ""}]] * 8
-    ours._batch = [type("Done", (), {"turns": [1]})] * 8
-    got, expected = (t._calculate_rewards(rows, [r["prompt"] for r in rows], said, [[1]] * 8) for t in (ours, theirs))
+    rows, done = [dict(make_tasks("arithmetic", n=1)[0])] * 8, type("Done", (), dict(turns=[1], prompt_ids=[1], completion_ids=[1]))
+    prompts = [r["prompt"] for r in rows]
+    got, expected = score(ours, rows, prompts, [done] * 8), theirs._calculate_rewards(rows, prompts, [[{"role": "assistant", "content": ""}]] * 8, [[1]] * 8)
     assert torch.equal(got.nan_to_num(-9), expected.nan_to_num(-9)) and got.dtype == expected.dtype == torch.float32
 
 

@@ -16,7 +16,7 @@ def test_only_sampled_rows_are_corrected(vllm, report, tmp_path):
     args = TIRConfig(output_dir=str(tmp_path), use_vllm=True, vllm_mode="colocate", vllm_max_model_length=1024, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate",
                      per_device_train_batch_size=3 * group, num_generations=group, max_completion_length=192, max_steps=1, seed=0, save_strategy="no", disable_tqdm=True, report_to="none", trace=False, sync_tolerance=9.0)
     trainer = TIRTrainer(tiny_policy(), reward, args, tasks, environment_factory=ENVIRONMENTS, supervision=[OffPolicy(1), Hints(1), Replay(threshold=0.0)])
-    trainer._rows_of_step, trainer.current_gradient_accumulation_steps = {}, 1
+    trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     def batch(): return trainer._generate_and_score_completions([tasks[i] for i in range(3) for _ in range(group)])
     scored = trainer._get_per_token_logps_and_entropies
@@ -26,13 +26,13 @@ def test_only_sampled_rows_are_corrected(vllm, report, tmp_path):
         return 1.1 * logp, *rest
     trainer._get_per_token_logps_and_entropies = elsewhere
     first = batch()
-    seen = [t.origin for t in trainer._batch]
+    seen = [t.origin for t in trainer.batch.trajectories]
     assert seen == ["demonstration", "hinted", *["sampled"] * (group - 2)] * 3
     check(trainer, first)
     failing.append(True)   # all fail now: successes that were kept take the places of first rollouts
     trainer.state.global_step += 1
     second = batch()
-    origins = [t.origin for t in trainer._batch]
+    origins = [t.origin for t in trainer.batch.trajectories]
     assert "replay" in origins and "hinted" in origins and "sampled" in origins
     left = check(trainer, second)
     report(f"Importance correction of vLLM: exactly 1 on {', '.join(f'{origins.count(o)} {o}' for o in dict.fromkeys(origins) if o != 'sampled')} rows, {left:.3f} on average on sampled ones")
@@ -43,10 +43,10 @@ def check(trainer, out):
     ratio, wrote = out["importance_sampling_ratio"], (out["completion_mask"] * out["tool_mask"]).bool()
     sampler, ours = out["sampling_per_token_logps"], out["old_per_token_logps"]
     assert ratio.shape == wrote.shape
-    for i, t in enumerate(trainer._batch):
+    for i, t in enumerate(trainer.batch.trajectories):
         if t.origin == "sampled":
             wanted = (ours[i] - torch.nn.functional.pad(torch.tensor(t.logprobs), (0, len(wrote[i]) - len(t.logprobs)))).exp().clamp(max=trainer.vllm_importance_sampling_clip_max)
             assert torch.allclose(ratio[i][wrote[i]], wanted[wrote[i]]) and not sampler[i][wrote[i]].isnan().any() and (ratio[i][wrote[i]] != 1).any()
         else: assert (ratio[i] == 1).all() and sampler[i][wrote[i]].isnan().all(), t.origin
-    mine = torch.tensor([t.origin == "sampled" for t in trainer._batch])
+    mine = torch.tensor([t.origin == "sampled" for t in trainer.batch.trajectories])
     return ratio[mine][wrote[mine]].mean().item()

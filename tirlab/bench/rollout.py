@@ -26,6 +26,7 @@ from ..rewards.outcome import answer_reward
 from ..rollout.loop import run_async
 from ..envs.tasks import make_tasks
 from ..core.tiny import tiny_policy
+from ..trainer import generation
 from ..trainer.trainer import TIRTrainer
 
 # %% ../../nbs/80_bench/00_rollout.ipynb #9bbc5cf8
@@ -89,15 +90,17 @@ def time_rollouts(
     trainer: Any,   # from `rollout_trainer`
 ) -> tuple[int, int, float]:   # tokens the model wrote, rollouts, seconds
     "Make one batch of rollouts and time it."
-    rows, spent, inner = [x for x in trainer.train_dataset for _ in range(trainer.num_generations)], [], trainer._generate
-    def timed(prompts):
+    rows, spent = [x for x in trainer.train_dataset for _ in range(trainer.num_generations)], []
+    place, name = (generation, "roll_out") if isinstance(trainer, TIRTrainer) else (trainer, "_generate")
+    inner = getattr(place, name)
+    def timed(*args):
         start = time.perf_counter()
-        out = inner(prompts)
+        out = inner(*args)
         spent.append(time.perf_counter() - start)
         return out
-    trainer._generate = timed
+    setattr(place, name, timed)
     try: out = trainer._generate_and_score_completions(rows)
-    finally: trainer._generate = inner
+    finally: setattr(place, name, inner)
     return int((out["completion_mask"] * out.get("tool_mask", 1)).sum()), len(rows), spent[0]
 
 # %% ../../nbs/80_bench/00_rollout.ipynb #e75b1257
@@ -139,7 +142,7 @@ def bench_advantage(
     alone = statistics.median(clock(lambda: gtpo(rewards, 8, turn_of_token)) for _ in range(21))
     torch.set_num_threads(threads)
     def step(trainer):
-        trainer._rows_of_step, trainer.current_gradient_accumulation_steps = {}, 1
+        trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
         rows = [x for x in trainer.train_dataset for _ in range(trainer.num_generations)]
         trainer._compute_loss(trainer.model, trainer._generate_and_score_completions(rows)).backward()

@@ -68,7 +68,7 @@ def trace_trainer(
                      engine="generate", schedule="turn", save_strategy="no", report_to="none", disable_tqdm=True, seed=0)
     def every_second(completions, **kwargs): return [float(i % 2) for i in range(len(completions))]
     trainer = TIRTrainer(shaped_model(shape).train(), every_second, args, make_tasks("lookup", n=n), environment_factory=LookupEnvironment)
-    trainer._sampler = Script(trainer._tokenizer)
+    trainer.engine = Script(trainer._tokenizer)
     return trainer
 
 # %% ../../nbs/80_bench/03_trace.ipynb #f2f0bd0c
@@ -81,10 +81,10 @@ class InTurn(TrainerCallback):
     ): self.trainer, self.recorded, self.note, self.clock, self.notes = trainer, recorded, note, [], []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if not self.clock: self.recorder = self.trainer._recorder
+        if not self.clock: self.recorder = self.trainer.recorder
         self.clock.append((time.perf_counter(), time.process_time()))
         self.notes.append(self.note())
-        self.trainer._recorder = self.recorder if self.recorded[state.global_step] else None
+        self.trainer.recorder = self.recorder if self.recorded[state.global_step] else None
 
     def on_train_end(self, args, state, control, **kwargs):
         self.recorded = [*self.recorded, True]   # so that the folder is closed
@@ -147,6 +147,6 @@ def bench_trace(
     plain, cost = (first + last) / 2, statistics.median(sum(p.values()) for p in parts) * 1e3
     (clock, busy), (clock_again, busy_again) = ((a / b).median(0).values.tolist() for a, b in ((recorded, plain), (last, first)))
     step = plain[:, 0].median().item() * 1e3
-    return dict(shape=shape, device=str(trainer.model.device), n=n, repeats=repeats, tokens=int(index.tokens.median()), threads=torch.get_num_threads(), control_tokens=len(trainer._watch.probe.tokens),
+    return dict(shape=shape, device=str(trainer.model.device), n=n, repeats=repeats, tokens=int(index.tokens.median()), threads=torch.get_num_threads(), control_tokens=len(trainer.watch.probe.tokens),
                 step_time_over_plain=clock, plain_over_plain=clock_again, processor_time_over_plain=busy, processor_plain_over_plain=busy_again, writing_alone_over_plain=1 + cost / step,
                 plain_step_ms=step, write_ms=cost, bytes_per_token=size / int(index.tokens.sum()), **{f"{name}_ms": statistics.median(p.get(name, 0) for p in parts) * 1e3 for name in PARTS})

@@ -226,9 +226,9 @@ class CollapseMonitor(TrainerCallback):
 def on_log(self: CollapseMonitor, args, state, control, logs=None, optimizer=None, lr_scheduler=None, **kwargs):
     "Compare the logged metrics with their usual ranges, and act on alarms."
     if not logs or any(k.startswith("eval_") for k in logs): return
-    found = self.detectors.update(state.global_step + (self.trainer._offset if self.trainer else 0), logs)
+    found = self.detectors.update(state.global_step + (self.trainer.step_offset if self.trainer else 0), logs)
     if not found: return
-    if self.trainer: found = [replace(a, culprits=gather_object(self.trainer._watch.culprits(a.signal))) for a in found]   # collective: all processes have the same log
+    if self.trainer: found = [replace(a, culprits=gather_object(self.trainer.watch.culprits(a.signal))) for a in found]   # collective: all processes have the same log
     self.alarms += found
     warnings.warn("Collapse alarm, " + "; ".join(map(str, found[:3])), stacklevel=2)
     if state.is_world_process_zero: self._write(found)

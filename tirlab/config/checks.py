@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_reporters', 'check_rewards', 'check_world', 'check_arguments', 'check_batch', 'check_references',
-           'check_pattern', 'check_prompts', 'saying_call_format', 'check_format']
+           'check_pattern', 'check_prompts', 'saying_call_format', 'check_format', 'check_trainer', 'load_tokenizer']
 
 # %% ../../nbs/35_config/01_checks.ipynb #5cd45d5a
 import inspect, os, re, warnings
@@ -16,13 +16,14 @@ from typing import Any, Callable
 import torch
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 from transformers.integrations import integration_utils
 from trl.data_utils import is_conversational
 
 # %% ../../nbs/35_config/01_checks.ipynb #ad5797b1
-from .tir_config import TIRConfig, _wants
-from ..envs.environments import check_environment
+from .tir_config import TIRConfig, _wants, check_columns, check_tokenizer
+from ..core.chat_templates import with_template
+from ..envs.environments import check_environment, check_tool
 from ..core.trajectory import ToolResult
 
 # %% ../../nbs/35_config/01_checks.ipynb #09c3d7ec
@@ -244,3 +245,42 @@ def check_format(
             if format.tools: format.observe([ToolResult("tool", "answer")], ended)
             if converses: format.reply("go on", ended)
     except TemplateError as e: raise ValueError(f"The chat template cannot render a conversation with tools ({e}); use another template, or call_format='json' for calls as text.") from None
+
+# %% ../../nbs/35_config/01_checks.ipynb #38d9d372
+def check_trainer(
+    model: Any,                 # name, folder or model
+    reward_funcs: Any,          # one or a list
+    args: TIRConfig,
+    train_dataset: Any,         # rows, a stream, or None
+    eval_dataset: Any,          # the same, or several by name
+    processing_class: Any,      # tokenizer
+    tools: Any,                 # list of functions
+    environment_factory: Any,   # class, callable, or dict of them
+    more: dict[str, Any],       # arguments by name: `interventions`, `supervision`, and those that go to TRL
+) -> None:
+    "Check the arguments of the trainer against each other and against the datasets. Raises: ValueError (TypeError for a training set that is none), in one sentence."
+    check_arguments(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, tools, environment_factory, more)
+    rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    for dataset in (train_dataset, eval_dataset): check_columns(dataset, rewards, environment_factory)
+    check_batch(args, train_dataset, eval_dataset)
+    check_references(train_dataset, rewards)
+    check_pattern(args, train_dataset)
+    for tool in tools or []: check_tool(tool)
+
+def load_tokenizer(
+    model: Any,                  # name, folder or model
+    args: TIRConfig,             # model_init_kwargs, trust_remote_code
+    train_dataset: Any,          # rows, a stream, or None
+    processing_class: Any,       # tokenizer; None loads the model's
+    chat_template: str | None,   # template to use in place of the tokenizer's
+    tools: bool,                 # whether there are tools, so that conversations must be rendered
+) -> Any:                        # tokenizer
+    "Return the tokenizer of the policy. Raises: ValueError, in one sentence, where it cannot render these prompts."
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if processing_class is None:
+        processing_class = AutoProcessor.from_pretrained(name, revision=(args.model_init_kwargs or {}).get("revision"), truncation_side="left", padding_side="left",
+                                                         trust_remote_code=args.trust_remote_code)
+    if chat_template: processing_class = with_template(processing_class, chat_template)
+    messages = "prompt" in (getattr(train_dataset, "column_names", None) or []) and is_conversational(next(iter(train_dataset)))
+    check_tokenizer(processing_class, name, messages or tools)
+    return processing_class

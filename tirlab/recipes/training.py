@@ -164,7 +164,7 @@ def train_recipe(
     if resume: settings = resumed(settings)
     elif "output_dir" in settings: _check_new(settings["output_dir"])
     trainer = recipe_trainer(settings)
-    out, bar = trainer.args.output_dir, RewardBar(plan and plan.steps, lambda: trainer._offset)
+    out, bar = trainer.args.output_dir, RewardBar(plan and plan.steps, lambda: trainer.step_offset)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar)
     effects = _effects(trainer, settings, plan)

@@ -102,24 +102,14 @@ class Effects(TrainerCallback):
     counts: dict[str, int | float] = field(default_factory=dict)   # name -> rollouts, groups or tokens' shares so far
     rollouts: int = 0            # seen so far, of all processes
     steps: int = 0               # optimiser steps seen so far
-    left: list[str] = field(default_factory=list)   # why groups were left out before the batch was made, since the last batch
-
-    def __post_init__(self):
-        self._last, batches = None, self.trainer._batches
-        if batches is None or not self.trainer.args.oversample: return
-        fill = batches.fill   # what was sampled again is in no batch
-        def heard(*args):
-            filled = fill(*args)
-            self.left += filled.why
-            return filled
-        batches.fill = heard
+    last: Any = None             # batch that was counted last
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1
-        rolled = self.trainer._rolled.get("train")
-        if rolled is None or rolled is self._last: return   # several steps share a batch
-        self._last = rolled
-        for name, n in self._count([t for _, t in rolled]).items():
+        batch = self.trainer.batches.get("train")
+        if batch is None or batch is self.last: return   # several steps share a batch
+        self.last = batch
+        for name, n in self._count(batch).items():
             self.counts[name] = self.counts.get(name, 0) + n
             self.trainer._metrics["train"][f"effect/{name}"].append(float(n))
 
@@ -133,16 +123,15 @@ def _count(self: Effects, batch):
     "What each option did to a batch: rollouts, or groups."
     args, size = self.trainer.args, self.trainer.num_generations
     asked = [n for n in self.options if n in ROLLOUT]
-    facts = gather_object([([bool(ROLLOUT[n][1](args, t)) for n in asked], overlong([t])[0], bool(written_code(t))) for t in batch])
+    facts = gather_object([([bool(ROLLOUT[n][1](args, t)) for n in asked], overlong([t])[0], bool(written_code(t))) for t in batch.trajectories])
     per_rollout, cut, code = zip(*facts)
     self.rollouts += len(facts)
-    outcome = total_rewards(self.trainer._rewards, self.trainer.reward_weights).cpu()
-    why = group_reasons(args, outcome, torch.tensor(cut), size)[::size] + self.left
+    outcome = total_rewards(batch.rewards, self.trainer.reward_weights).cpu()
+    why = group_reasons(args, outcome, torch.tensor(cut), size)[::size] + batch.why_unused
     counts = {n: sum(row[i] for row in per_rollout) for i, n in enumerate(asked)}
     counts |= {n: sum(w in GROUP[n][1] for w in why) for n in self.options if n in GROUP}
-    if "oversample" in self.options: counts["oversample"] = len(self.left)
+    if "oversample" in self.options: counts["oversample"] = len(batch.unused)
     if "code_shaping" in self.options: counts["code_shaping"] = _shaped(outcome, code, size)
-    self.left = []
     return counts
 
 @patch

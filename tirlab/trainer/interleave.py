@@ -9,6 +9,7 @@ __all__ = ['PHASES', 'bare_forward', 'last_checkpoint', 'go_on', 'OnAlarm', 'cle
 import json, math, os, random, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,15 @@ from trl.trainer.callbacks import SyncRefModelCallback
 # %% ../../nbs/60_trainer/07_interleave.ipynb #0c694e88
 from .batch import task_name
 from ..collapse.monitor import Alarm, CollapseMonitor
-from ..config.tir_config import rollout_limits
-from ..supervision.demonstrations import demonstrate
-from ..rollout.engines import context_of
 from ..traces.files import write_atomic
 from ..supervision.lessons import Around, LessonSignal
 from .recording import recording
 from ..supervision.sft_rows import sft_rows
 from ..supervision.in_batch import check_answers
 from ..traces.run import open_run, trace_id
+from .objective import demonstrations_of
 from .trainer import TIRTrainer
+from .checkpoints import PROMPTS, inside_batch
 
 # %% ../../nbs/60_trainer/07_interleave.ipynb #316afd22
 @contextmanager
@@ -62,8 +62,8 @@ def last_checkpoint(
     trainer: TIRTrainer | None = None,   # whose checkpoints these are; None for those of an SFTTrainer
 ) -> str | None:          # None where there is none
     "The newest checkpoint that was written to its end."
-    needed = ["trainer_state.json"] + ["prompts.json"] * bool(trainer and trainer._batches and trainer._batches.state_dict())
-    inside = lambda c: trainer is not None and trainer._inside_a_batch(int(c.name[11:]))   # from there nothing can go on
+    needed = ["trainer_state.json"] + [PROMPTS] * bool(trainer and trainer.builder and trainer.builder.state_dict())
+    inside = lambda c: trainer is not None and inside_batch(trainer, int(c.name[11:]))   # from there nothing can go on
     whole = [c for c in Path(folder).glob("checkpoint-*") if c.name[11:].isdigit() and all(_reads(c/name) for name in needed) and not inside(c)]
     return str(max(whole, key=lambda c: int(c.name[11:]))) if whole else None
 
@@ -150,7 +150,7 @@ def _store(trainer, folder, optimizer):
     if not trainer.is_world_process_zero(): return
     model = trainer.accelerator.unwrap_model(trainer.model)
     torch.save({n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}, folder/"weights.pt")
-    write_atomic(folder/"prompts.json", json.dumps(trainer._batches.state_dict()).encode())
+    write_atomic(folder/PROMPTS, json.dumps(trainer.builder.state_dict()).encode())
     if optimizer == "kept" and trainer.optimizer: torch.save(trainer.optimizer.state_dict(), folder/"moments.pt")
 
 def _take(trainer, folder):
@@ -163,7 +163,7 @@ def _restore(trainer, out, done):
     "Be as after the phases that are done: weights, what is known of prompts, and what is usual."
     folder = out/done[-1]["folder"]
     _take(trainer, folder)
-    trainer._batches.load_state_dict(json.loads((folder/"prompts.json").read_text()))
+    trainer.builder.load_state_dict(json.loads((folder/PROMPTS).read_text()))
     if (folder/"moments.pt").exists():
         trainer.create_optimizer()
         trainer.optimizer.load_state_dict(torch.load(folder/"moments.pt", weights_only=True))
@@ -226,8 +226,8 @@ def train(
     resume = resume and (_begun(out) or bool(args.run_dir) and (Path(args.run_dir)/"meta.json").exists())   # else nothing was begun
     _check(self, trainer, out, resume)
     done = json.loads((out/PHASES).read_text()) if (out/PHASES).exists() else []
-    before, offset = (args.max_steps, args.output_dir), (trainer._offset, trainer._total)
-    trainer._total = self.steps
+    before, offset = (args.max_steps, args.output_dir), (trainer.step_offset, trainer.total_steps)
+    trainer.total_steps = self.steps
     if done:
         if self.reference == "reset" and (taught := [p for p in done if p["kind"] == "sft" and p["steps"]]):   # the last that reset it
             _take(trainer, out/taught[-1]["folder"])
@@ -242,12 +242,12 @@ def train(
                 folder.mkdir(parents=True, exist_ok=True)
                 if trainer.args.log_completions: (folder/"completions").mkdir(exist_ok=True)   # TRL makes it once
                 set_seed(trainer.args.seed + len(done), device_specific=True)   # TRL shuffles with the global generator, and a run that is gone on with must shuffle alike
-                trainer._offset = phase["start"] - (phase["kind"] == "sft") * trainer.state.global_step
+                trainer.step_offset = phase["start"] - (phase["kind"] == "sft") * trainer.state.global_step
                 done.append(self._learn(trainer, phase, folder) if phase["kind"] == "rl" else self._teach(trainer, phase, folder, [Alarm(**a) for a in done[-1]["alarms"]]))
                 _store(trainer, folder, self.optimizer)
                 if trainer.is_world_process_zero(): write_atomic(out/PHASES, json.dumps(done, indent=1).encode())
                 trainer.accelerator.wait_for_everyone()
-    finally: (args.max_steps, args.output_dir), (trainer._offset, trainer._total) = before, offset
+    finally: (args.max_steps, args.output_dir), (trainer.step_offset, trainer.total_steps) = before, offset
     return done
 
 @patch
@@ -281,13 +281,10 @@ def _keep(rows, path):
 
 def _gather_lessons(plan, trainer, phase, only):
     "Lessons of all signals, the same for all processes, and counts of what they are."
-    trainer._recorder.write(gather_object)   # what waits for its scores goes to the record now
+    trainer.recorder.write(gather_object)   # what waits for its scores goes to the record now
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        limits = rollout_limits(trainer.args, context_of(trainer.model), bool(trainer.tools))
-        show = lambda rows: demonstrate(rows, trainer._tokenizer, *trainer._offered, trainer.args.call_format, limits, trainer.args.answer_template.format,
-                                           end_tokens=trainer.eos_token_ids, chat_template=trainer.chat_template, template_kwargs=trainer.chat_template_kwargs) if rows else []
-        around = Around(open_run(trainer.run_dir), phase["start"], {task_name(row): row for row in trainer.train_dataset}, show, trainer._tokenizer, trainer.args.call_format, only)
+        around = Around(open_run(trainer.run_dir), phase["start"], {task_name(row): row for row in trainer.train_dataset}, partial(demonstrations_of, trainer), trainer._tokenizer, trainer.args.call_format, only)
         parts = [s.lessons(around) for s in plan.signals]
         found = [t for lessons, _ in parts for t in lessons], {k: sum(c.get(k, 0) for _, c in parts) for k in dict.fromkeys(k for _, c in parts for k in c)}
     else: found = None
@@ -297,8 +294,8 @@ def _record(trainer, lessons, step):
     "What is learnt goes to the record, token for token."
     if trainer.is_world_process_zero():
         nothing = float("nan")
-        trainer._recorder.add(lessons, [dict(id=trace_id(step, 0, i, "sft"), step=step, phase="sft", split="sft", origin=t.origin, group=i, advantage=[nothing] * len(t.completion_ids)) for i, t in enumerate(lessons)])
-    trainer._recorder.write(gather_object)
+        trainer.recorder.add(lessons, [dict(id=trace_id(step, 0, i, "sft"), step=step, phase="sft", split="sft", origin=t.origin, group=i, advantage=[nothing] * len(t.completion_ids)) for i, t in enumerate(lessons)])
+    trainer.recorder.write(gather_object)
 
 def _fit(plan, trainer, rows, folder, **more):
     "Supervised training on rows of tokens; steps and losses."
@@ -311,7 +308,7 @@ def _fit(plan, trainer, rows, folder, **more):
         go_on(teacher, last_checkpoint(folder))
     model.train(training)
     model.config.use_cache = was
-    trainer._renew()   # engines take the weights anew
+    trainer.weights_changed()   # engines take the weights anew
     return teacher.state.global_step, [float(m["loss"]) for m in teacher.state.log_history if "loss" in m]
 
 def _behind(trainer, alarms):
@@ -350,7 +347,7 @@ def _teach(self: Interleave, trainer, phase, folder, alarms):
     if self.reference == "reset": _same_reference(trainer)
     ends = {"sft/loss_first": phase["losses"][0], "sft/loss_last": phase["losses"][-1]} if phase["losses"] else {}
     if trainer.is_world_process_zero():
-        trainer._recorder.writer.log(phase["start"], ends | {f"sft/{k}": phase[k] for k in ("steps", "rows", "tokens")}, "sft")
+        trainer.recorder.writer.log(phase["start"], ends | {f"sft/{k}": phase[k] for k in ("steps", "rows", "tokens")}, "sft")
         print(f"Step {phase['start']}: {phase['steps']} steps of supervised training on {phase['rows']} rows ({', '.join(f'{k}: {v}' for k, v in counts.items())})" + (f", loss {phase['losses'][0]:.2f} to {phase['losses'][-1]:.2f}." if ends else "."))
     return phase
 
