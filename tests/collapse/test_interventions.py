@@ -92,7 +92,7 @@ WRONG = {
     "unknown token": ([Clamp("<no_such_thing>")], "'<no_such_thing>' is no token"),
     "split token": ([Clamp("tool_call")], "makes 9 of it"),
     "the same token twice": ([Clamp("\n"), Clamp("Ċ")], "are the same token"),
-    "nothing": ([], "nothing to hold"),
+    "nothing": ([], "nothing to clamp"),
 }
 
 
