@@ -592,6 +592,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'tirlab/core/settings.py'),
                                       'tirlab.core.settings.SettingError.__init__': ( '00_core/settings.html#settingerror.__init__',
                                                                                       'tirlab/core/settings.py'),
+                                      'tirlab.core.settings._check_known': ( '00_core/settings.html#_check_known',
+                                                                             'tirlab/core/settings.py'),
                                       'tirlab.core.settings._checkpoints': ( '00_core/settings.html#_checkpoints',
                                                                              'tirlab/core/settings.py'),
                                       'tirlab.core.settings._dict': ('00_core/settings.html#_dict', 'tirlab/core/settings.py'),
