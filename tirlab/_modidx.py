@@ -1078,7 +1078,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'tirlab/recipes/demo.py'),
                                      'tirlab.recipes.demo.RewardBar.on_train_begin': ( '70_recipes/demo.html#rewardbar.on_train_begin',
                                                                                        'tirlab/recipes/demo.py'),
-                                     'tirlab.recipes.demo._said': ('70_recipes/demo.html#_said', 'tirlab/recipes/demo.py'),
+                                     'tirlab.recipes.demo._lines': ('70_recipes/demo.html#_lines', 'tirlab/recipes/demo.py'),
                                      'tirlab.recipes.demo.demo': ('70_recipes/demo.html#demo', 'tirlab/recipes/demo.py'),
                                      'tirlab.recipes.demo.transcript': ('70_recipes/demo.html#transcript', 'tirlab/recipes/demo.py')},
             'tirlab.recipes.published': { 'tirlab.recipes.published.Recipe': ( '70_recipes/published.html#recipe',
