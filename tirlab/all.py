@@ -30,9 +30,11 @@ from tirlab.supervision.reflections import rule_writer as rule_writer
 from tirlab.rollout.writers import EndpointWriter as EndpointWriter
 from tirlab.rewards.outcome import *
 from tirlab.rollout.loop import *
+from tirlab.rollout.metrics import *
+from tirlab.rollout.schedule import *
 from tirlab.eval.scores import score_run as score_run
 from tirlab.rewards.shaping import *
-from tirlab.supervision.sft_rows import sft_rows as sft_rows
+from tirlab.supervision.lessons import sft_rows as sft_rows
 from tirlab.sandbox.client import run_python as run_python, sandbox_level as sandbox_level
 from tirlab.supervision.lessons import DemonstrationSFT as DemonstrationSFT, ErroneousTrajectories as ErroneousTrajectories, Reflections as Reflections, RejectionSampling as RejectionSampling
 from tirlab.algorithms.prompts import Replay as Replay

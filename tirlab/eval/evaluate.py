@@ -26,7 +26,9 @@ from .estimates import Estimate, summary
 from ..core.formats import make_format
 from .rewards import check_rewards, event_loop, reward_functions, reward_sources, score_rows
 from ..collapse.interventions import Clamp, bounds_of, clamped_engine
-from ..rollout.loop import failing_tools, open_environment, rollouts
+from ..rollout.loop import open_environment
+from ..rollout.metrics import failing_tools
+from ..rollout.schedule import rollouts
 from ..core.syntax import SYNTAXES
 from ..core.trajectory import StopReason, ToolError, ToolResult, Trajectory
 
@@ -85,9 +87,9 @@ class Sampler:
         "Return a row as a rollout needs it, in an environment of its own. Raises: ValueError, in one sentence, where it cannot be opened."
         messages, named, owner, reset = open_environment(row, self.environment_factory, self.tools, number)
         if isinstance(self.engine, Endpoint):
-            line = self.engine.line(self.limits.completion_tokens)
-            format = EndpointFormat(line, offered_tools(named), call_format, self.limits.first_call_only)
-            return Opened(format.prompt(messages), line, named, format, owner, reset, messages)
+            engine = self.engine.rollout_engine(self.limits.completion_tokens)
+            format = EndpointFormat(engine, offered_tools(named), call_format, self.limits.first_call_only)
+            return Opened(format.prompt(messages), engine, named, format, owner, reset, messages)
         format = make_format(call_format, self.tokenizer, offered_tools(named), self.chat_template, self.template_kwargs, self.end_tokens)
         if not isinstance(row.get("prompt"), str): return Opened(format.prompt(messages), self.engine, named, format, owner, reset, messages)
         text = messages[0]["content"]   # tokenised as it is, as TRL does
@@ -290,8 +292,8 @@ def evaluate(
             opened = [sampler.open(row, call_format, (start + i) // k) for i, row in enumerate(rows)]
             served = {i: o.engine for i, o in enumerate(opened)} if isinstance(engine, Endpoint) else None
             owned = [o.environment for o in opened]
-            batch = rollouts([o.prompt for o in opened], sampler.engine, [o.tools for o in opened], [o.format for o in opened], sampler.limits, sampling, (seed, "evaluate"), start, schedule,
-                             loop=loop, owned=owned, renew=lambda i, opened=opened: opened[i].reset(), own=served)
+            batch = rollouts([o.prompt for o in opened], sampler.engine, [o.tools for o in opened], [o.format for o in opened], sampler.limits, sampling=sampling, seed=(seed, "evaluate"),
+                             first_row=start, schedule=schedule, loop=loop, owners=owned, reset=lambda i, opened=opened: opened[i].reset(), engines=served)
             scores.append(score_rows(rows, batch, reward, reward_weights, owned if environment_factory else None, [o.messages for o in opened], trainer_state, loop, completions_of(batch, opened, sampler.tokenizer)))
             done += batch
             failures.add(batch)

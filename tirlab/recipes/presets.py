@@ -32,7 +32,7 @@ from ..trainer.recording import free_folder, recording
 from ..supervision.reflections import analysis_prompt, rule_writer, short_prompt
 from ..rewards.confidence import agreement_reward, rlcr_reward
 from ..rewards.outcome import answer_reward
-from ..supervision.in_batch import Hints, OffPolicy, Signal
+from ..supervision.in_batch import Hints, OffPolicy, Supervision
 from ..envs.tasks import ENVIRONMENTS, make_tasks
 from ..rollout.writers import EndpointWriter
 from ..core.tiny import tiny_policy
@@ -47,7 +47,7 @@ class Preset:
     inferred: str             # what the paper does not say, and what of it is not here
     lora: dict[str, Any] | None = None   # arguments of peft's `LoraConfig`; None trains all weights
     reward: Callable = answer_reward     # TRL reward function
-    supervision: tuple[Signal, ...] = ()   # of every batch, as for `TIRTrainer`
+    supervision: tuple[Supervision, ...] = ()   # of every batch, as for `TIRTrainer`
     plan: Interleave | None = None         # rounds of RL and of supervised training; None for RL alone
     rate_for: str | None = None            # model for which the paper gives its learning rate; None where `sets` has none
 

@@ -22,9 +22,10 @@ from ..envs.environments import check_environment, environment_tools, offered_to
 from ..core.formats import make_format, tool_schemas
 from .guards import check_asked, naming_the_row
 from .recording import step_on_record
-from ..rollout.loop import failing_tools, rollout_metrics, rollouts
+from ..rollout.metrics import failing_tools, rollout_metrics
+from ..rollout.schedule import rollouts
 from .engine_setup import gathered, keep_up, make_engine, sampling_of, trl_engine
-from ..supervision.in_batch import Hints, Plan, hinted, make_plan
+from ..supervision.in_batch import Hints, SupervisionPlan, add_hint, plan_supervision
 from ..core.trajectory import ToolError, without_nulls
 
 # %% ../../nbs/60_trainer/03_generation.ipynb #69e5d96f
@@ -99,7 +100,7 @@ def _with_hints(self: Rolling, prompt_ids, hints):
     "Rendered prompts, with hints in those rows that get one."
     if not hints: return prompt_ids
     where = next(s.where for s in self.supervision if isinstance(s, Hints))
-    rendered = self._tokenize_prompts([hinted(m, hints[i], where) if i in hints else m for i, m in enumerate(self._messages)])[0]
+    rendered = self._tokenize_prompts([add_hint(m, hints[i], where) if i in hints else m for i, m in enumerate(self._messages)])[0]
     return [rendered[i] if i in hints else ids for i, ids in enumerate(prompt_ids)]
 
 @patch
@@ -127,12 +128,13 @@ def _generate_single_turn(self: Rolling, prompt_ids, images, multimodal_fields, 
     with gathered(self), engine.ready(version):
         self._canary.ask(engine, min(prompt_ids, key=len), version)
         context = min(context, getattr(engine, "context_tokens", None) or context)   # servers may take less than the model
-        limits, plan = rollout_limits(self.args, context, bool(self.tools)), Plan([None] * n, {}, {})
-        if self.supervision and mode == "train": plan = make_plan(self.supervision, self._inputs, formats, limits, self.args.answer_template.format, first, num_generations, self._done(), noise)
-        batch = rollouts(self._with_hints(prompt_ids, plan.hints), engine, tools, formats, limits, sampling_of(self.args),
-                               noise, first, self.schedule, self.args.max_concurrent_tools, getattr(self, "async_loop", None), clock, self.environments, self._renew_environment if self.environments else None, plan.own)
+        limits, plan = rollout_limits(self.args, context, bool(self.tools)), SupervisionPlan([None] * n, {}, {})
+        if self.supervision and mode == "train": plan = plan_supervision(self.supervision, self._inputs, formats, limits, self.args.answer_template.format, first, num_generations, self._done(), noise)
+        batch = rollouts(self._with_hints(prompt_ids, plan.hints), engine, tools, formats, limits, sampling=sampling_of(self.args), seed=noise, first_row=first,
+                         schedule=self.schedule, workers=self.args.max_concurrent_tools, loop=getattr(self, "async_loop", None), clock=clock,
+                         owners=self.environments, reset=self._renew_environment if self.environments else None, engines=plan.engines)
         if self.engine_name == "trl" and together: keep_up(sample, prompt_ids[0], together)
-    self._batch = [_as_learnt(t, prompt, maker, plan.hints.get(i)) for i, (t, prompt, maker) in enumerate(zip(batch, prompt_ids, plan.makers))]
+    self._batch = [_as_learnt(t, prompt, maker, plan.hints.get(i)) for i, (t, prompt, maker) in enumerate(zip(batch, prompt_ids, plan.sources))]
     for i, t in enumerate(self._batch):
         if not t.turns: prompt_ids[i] = prompt_ids[i][-1:]   # TRL holds the same list: a prompt longer than the context must not reach the model
     for name, value in self._canary.check(self.model).items(): self._metrics[mode][name].append(value)

@@ -18,7 +18,7 @@ from ..collapse.interventions import clamped_loss, turn_states
 from .recording import note_dropped, step_on_record
 from .credit import extra_loss, keep_ratios, kept_advantages
 from ..core.trajectory import StopReason, Trajectory
-from ..supervision.in_batch import AuxiliarySFT, lesson_tensors, token_weights_of
+from ..supervision.in_batch import AuxiliarySFT, off_policy_weights, sft_tensors
 
 # %% ../../nbs/60_trainer/04_objective.ipynb #31a93253
 class Objective:
@@ -51,7 +51,7 @@ def _as_shown(self: Objective, inputs, logp):
     "Advantages and old log-probabilities under which TRL's gradient of demonstrated rows is that of the importance-weighted objective: a ratio of 1, and the weight in the advantage."
     advantages, shown, old = inputs["advantages"], inputs["shown"][:, None], inputs.get("old_per_token_logps")
     if advantages.dim() == 1: advantages = advantages[:, None].expand_as(logp)
-    changed = {"advantages": torch.where(shown, advantages * token_weights_of(logp, self._shaping), advantages)}
+    changed = {"advantages": torch.where(shown, advantages * off_policy_weights(logp, self._shaping), advantages)}
     return changed if old is None else changed | {"old_per_token_logps": torch.where(shown, logp.detach(), old)}
 
 @patch
@@ -127,7 +127,7 @@ def _lesson_loss(self: Objective, model):
     lessons = self._lessons[self._step % parts::parts]
     if not any(gather_object([bool(lessons)])): return 0.0
     shown = lessons or [Trajectory([self._tokenizer.pad_token_id] * 2, [], StopReason.FAILED)]   # a process without lessons must run the model as often as the others
-    ids, seen, learnt = (x.to(self.accelerator.device) for x in lesson_tensors(shown, self._tokenizer.pad_token_id))
+    ids, seen, learnt = (x.to(self.accelerator.device) for x in sft_tensors(shown, self._tokenizer.pad_token_id))
     logp = super(Objective, self)._get_per_token_logps_and_entropies(model, ids, seen, ids.shape[1] - 1)[0]
     loss, every = -(logp * learnt[:, 1:]).sum(), sum(sum(t.mask) for t in self._lessons)
     if lessons:

@@ -42,7 +42,7 @@ from .engine_setup import calls_as_text, make_canary
 from ..algorithms.prompts import Replay
 from ..rewards.shaping import written_code
 from .credit import estimate, group_reasons, is_void, keep_tokens, own_rewards
-from ..supervision.in_batch import AuxiliarySFT, OffPolicy, Signal, check_supervision
+from ..supervision.in_batch import AuxiliarySFT, OffPolicy, Supervision, check_supervision
 from ..traces.run import check_folder
 from ..collapse.watching import Watch, make_probe
 
@@ -96,7 +96,7 @@ class TIRTrainer(Rolling, Objective, GRPOTrainer):
         tools: list[Callable] | None = None,   # plain typed functions
         environment_factory: Any = None,     # class, callable, or dict of them by the `environment` column
         interventions: list[Clamp] | None = None,   # tokens held within bounds, where `args.intervene` says
-        supervision: list[Signal] | None = None,    # OffPolicy, Hints, Replay, AuxiliarySFT: rollouts that are shown, told or remembered
+        supervision: list[Supervision] | None = None,    # OffPolicy, Hints, Replay, AuxiliarySFT: demonstrated, hinted or replayed rollouts
         chat_template: str | None = None,           # template to use in place of the tokenizer's; it is saved with the checkpoints
         **kwargs,                            # callbacks, optimizers, peft_config, ...: as for GRPOTrainer
     ):
