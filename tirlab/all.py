@@ -15,7 +15,7 @@ from tirlab.rollout.continuous import ContinuousEngine
 from tirlab.rollout.vllm import VLLMEngine
 from tirlab.rollout.vllm_servers import VLLMServerEngine
 from tirlab.rollout.endpoint import Endpoint
-from tirlab.rollout.loop import rollouts
+from tirlab.rollout.schedule import rollouts
 from tirlab.rollout.drift import drift_check_model
 from tirlab.rollout.writers import EndpointWriter
 from tirlab.rewards.outcome import answer_reward, format_reward, function_reward, math_reward, tool_success_reward

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tirlab.rollout.calls import RolloutLimits
-from tirlab.rollout.engines import Sampled, cut
+from tirlab.rollout.engines import Sampled, cut_turn
 from tirlab.rollout.loop import rollout
 from tirlab.core.families import template_syntax
 from tirlab.core.formats import ChatFormat, TextFormat, make_format, render_call
@@ -315,7 +315,7 @@ def test_sampling_stops_at_the_end_of_the_first_call(name, before):
 
     async def generate(ids, sampling):
         body = script[len(ids) - len(prompt):] if len(ids) < len(prompt) + len(script) else TOK.encode("ok<|im_end|>")
-        size, stop = cut(body, [TOK.eos_token_id], TOK, sampling)
+        size, stop = cut_turn(body, [TOK.eos_token_id], TOK, sampling)
         asked.append(sampling.seed)
         return Sampled(body[:size], [-0.5] * size, stop)
     tools = {"find": lambda name, box: "k17"}
@@ -332,7 +332,7 @@ def test_a_turn_without_a_call_is_sampled_to_its_end(name):
     script, prompt = TOK.encode("x)] y\n```\nz)]\n``` done<|im_end|>"), [1, 2, 3]
 
     async def generate(ids, sampling):
-        size, stop = cut(script[len(ids) - 3:], [TOK.eos_token_id], TOK, sampling)
+        size, stop = cut_turn(script[len(ids) - 3:], [TOK.eos_token_id], TOK, sampling)
         return Sampled(script[len(ids) - 3:][:size], None, stop)
     for limit, stop in ((4000, StopReason.ANSWER), (len(script) - 3, StopReason.LENGTH)):
         done = asyncio.run(rollout(prompt, SimpleNamespace(generate=generate), {}, format, RolloutLimits(limit, first_call_only=True, malformed="stop")))

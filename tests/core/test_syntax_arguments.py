@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tirlab.rollout.engines import Sampled, Sampling
-from tirlab.rollout.loop import _one_turn
+from tirlab.rollout.loop import _sample_turn
 from tirlab.core.syntax import SYNTAXES, Unfinished, call_arguments
 from tirlab.core.trajectory import ToolCall
 
@@ -119,7 +119,7 @@ def test_a_stop_string_inside_an_argument_does_not_end_a_turn(syntax, text):
             wrote = next(n for n in range(len(ids) + 1, len(text) + 1) if any(text[:n].endswith(s) for s in SYNTAXES[syntax].stop_strings))
             return Sampled(list(text[len(ids):wrote]), [0.0] * (wrote - len(ids)), "end")
 
-    assert "".join(asyncio.run(_one_turn(Engine(), [], Sampling(200), Format(), None)).ids) == text
+    assert "".join(asyncio.run(_sample_turn(Engine(), [], Sampling(200), Format(), None)).ids) == text
 
 
 # Values in XML

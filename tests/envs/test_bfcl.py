@@ -15,12 +15,13 @@ from tirlab.bench.bfcl import SPOILT, count_calls, replay, spoilt, verdict
 from tirlab.envs.bfcl import BFCLEnvironment, bfcl_reward, bfcl_tasks, bfcl_turns, question
 from tirlab.envs.bfcl_data import BFCL_CATEGORIES, BFCL_VERSION, bfcl_entries, bfcl_entry, call_text, check_bfcl, documented, endless, fresh_apis, function_names, one_at_a_time
 from tirlab.rollout.calls import RolloutLimits
-from tirlab.supervision.demonstrations import Scripted, is_whole
+from tirlab.supervision.demonstrations import ScriptedEngine, is_whole
 from tirlab.rollout.engines import Sampling
 from tirlab.eval.evaluate import evaluate
 from tirlab.core.formats import make_format
 from tirlab.core.schemas import tool_schemas
-from tirlab.rollout.loop import open_row, rollouts
+from tirlab.rollout.loop import open_row
+from tirlab.rollout.schedule import rollouts
 from tirlab.core.tiny import tiny_tokenizer
 from tirlab.core.trajectory import StopReason, ToolCall, ToolError
 
@@ -40,7 +41,7 @@ def row_of(task): return next(r for r in ROWS[bfcl_entry(task)["id"].removeprefi
 def scripted(row, turns, call_format=None, limits=RolloutLimits(completion_tokens=2**16)):
     "One rollout that says these turns, whatever comes back."
     prompt, tools, format, environment, _ = open_row(row, TOK, {"bfcl": BFCLEnvironment}, call_format=call_format)
-    return rollouts([prompt], None, [tools], [format], limits, owned=[environment], own={0: Scripted(lambda: (t for t in turns), format)})[0]
+    return rollouts([prompt], None, [tools], [format], limits, owners=[environment], engines={0: ScriptedEngine(lambda: (t for t in turns), format)})[0]
 
 
 def call(name, **arguments): return f'<tool_call>\n{json.dumps({"name": name, "arguments": arguments})}\n</tool_call>'
@@ -189,7 +190,7 @@ def test_an_environment_without_a_user_ends_at_the_answer():
     class Plain:
         def add(self, a: int) -> int: return a + 1
     format = make_format(None, TOK, [])
-    t = rollouts([format.prompt([{"role": "user", "content": "hi"}])], None, [{}], [format], RolloutLimits(200), owned=[Plain()], own={0: Scripted(lambda: (t for t in ["7"]), format)})[0]
+    t = rollouts([format.prompt([{"role": "user", "content": "hi"}])], None, [{}], [format], RolloutLimits(200), owners=[Plain()], engines={0: ScriptedEngine(lambda: (t for t in ["7"]), format)})[0]
     assert t.stop is StopReason.ANSWER and len(t.turns) == 1 and t.turns[0].reply is None
 
 

@@ -140,9 +140,9 @@ def test_nonsense_is_a_failed_try_with_a_reason(say, said, tmp_path):
 
 
 def one(url, limits=RolloutLimits(512), sampling=Sampling(2**31), first_call_only=False, name=None, **more):
-    line, environment = endpoint(url, **more).line(limits.completion_tokens), ENVIRONMENTS["arithmetic"]()
+    line, environment = endpoint(url, **more).rollout_engine(limits.completion_tokens), ENVIRONMENTS["arithmetic"]()
     format = EndpointFormat(line, [environment.python], name, first_call_only)
-    return run_async(lambda: rollout(format.prompt([{"role": "user", "content": "6*7?"}]), line, environment, format, limits, sampling))
+    return run_async(lambda: rollout(format.prompt([{"role": "user", "content": "6*7?"}]), line, environment, format, limits, sampling=sampling))
 
 
 def test_limits_hold_as_for_tokens():
@@ -161,7 +161,7 @@ def test_a_full_context_ends_a_rollout_and_is_no_failure(monkeypatch):
     def answer(url, body, *rest):
         if len(body["messages"]) > 2: raise RuntimeError("HTTP 400: This model's maximum context length is 9 tokens")
         return json.dumps({"choices": [{"message": {"content": None, "tool_calls": [call("1")]}}]}).encode()
-    monkeypatch.setattr(room, "ask_server", answer)
+    monkeypatch.setattr(room, "post_with_retries", answer)
     done = one("http://127.0.0.1:9/v1")
     assert done.stop is StopReason.LENGTH and len(done.turns) == 1
 
@@ -224,7 +224,7 @@ def cancel(day: int) -> str:
 def test_a_user_who_goes_on_and_brings_a_tool():
     seen = []
     with server(lambda body: {"content": f"{len(body['messages'])}"}, seen=seen) as url:
-        line, environment = endpoint(url).line(), Talks()
+        line, environment = endpoint(url).rollout_engine(), Talks()
         format = EndpointFormat(line, [environment.book])
         done = run_async(lambda: rollout(format.prompt([{"role": "user", "content": "Hello"}]), line, environment, format))
     assert [m["content"] for m in done.messages] == ["1", "And now?", "3"]
@@ -268,5 +268,5 @@ def test_settings_and_keys_are_checked(monkeypatch):
     for bad in (dict(base_url="localhost"), dict(base_url="http://me:secret@host/v1"), dict(timeout=0), dict(concurrency=0)):
         with pytest.raises(ValueError): Endpoint(**dict(base_url="http://127.0.0.1:9/v1", model="m") | bad)
     monkeypatch.setenv("BAD_KEY", "a\nb")
-    with pytest.raises(EngineError, match="BAD_KEY") as e: run_async(lambda: Endpoint("http://127.0.0.1:9/v1", "m", "BAD_KEY").line().generate([], Sampling()))
+    with pytest.raises(EngineError, match="BAD_KEY") as e: run_async(lambda: Endpoint("http://127.0.0.1:9/v1", "m", "BAD_KEY").rollout_engine().generate([], Sampling()))
     assert "a\nb" not in str(e.value)

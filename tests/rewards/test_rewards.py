@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from tirlab.rewards import outcome as rewards_room
 from tirlab.all import TIRConfig, TIRTrainer, make_tasks, tiny_policy
-from tirlab.rewards.confidence import agreement, agreement_reward, calibrated, clusters, rlcr_reward, said_answer, said_confidence, semantic_entropy
+from tirlab.rewards.confidence import agreement, agreement_reward, calibrated, clusters, rlcr_reward, stated_answer, stated_confidence, semantic_entropy
 from tirlab.envs.math_tasks import boxed
 from tirlab.rewards.outcome import (answer_reward, call_failed, final_text, format_reward, format_rewards, function_reward, math_equal, math_reward,
-                            per_turn, same_prompt, tool_rewards, tool_success_reward, torl_reward, turn_rewards)
+                            sum_turn_rewards, same_prompt, tool_rewards, tool_success_reward, torl_reward, turn_rewards)
 from tirlab.rewards.shaping import (clip_rewards, delta_rewards, embed_code, message_code, sentence_embedder, shaped_answer_reward, shaped_outcomes,
                             written_code)
 from tirlab.envs.tasks import ENVIRONMENTS
@@ -116,8 +116,8 @@ BROKEN = ToolResult("tool_call", "{'error': 'malformed tool call'}", ToolError.M
 def test_turns_by_hand(turns, form, tools):
     t = Trajectory([0], turns, StopReason.ANSWER)
     assert format_rewards(t) == form and tool_rewards(t, bonus=1.0) == tools
-    assert per_turn(t, [format_rewards, tool_rewards]) == pytest.approx([f + 0.1 * x for f, x in zip(form, tools)])
-    assert per_turn(t, []) == [0] * len(turns)
+    assert sum_turn_rewards(t, [format_rewards, tool_rewards]) == pytest.approx([f + 0.1 * x for f, x in zip(form, tools)])
+    assert sum_turn_rewards(t, []) == [0] * len(turns)
 
 
 def test_outcome_goes_to_the_last_turn_that_happened():
@@ -294,7 +294,7 @@ def test_honesty_pays_best_and_right_pays_more_than_wrong(p, q):
     ("<confidence>nan</confidence>", "", nan), ("<confidence>0.1</confidence>7<confidence>0.2</confidence>", "7", 0.2), ("", "", nan),
 ])
 def test_what_was_said(text, said, q):
-    assert said_answer(text) == said and same(said_confidence(text), q)
+    assert stated_answer(text) == said and same(stated_confidence(text), q)
 
 
 def test_rlcr_reads_the_last_message():

@@ -20,7 +20,8 @@ from trl.trainer.utils import add_fused_lm_head
 from tirlab.rollout.continuous import ContinuousEngine
 from tirlab.rollout.engines import EngineError, GenerateEngine, Sampling, noise_seed
 from tirlab.core.formats import ChatFormat
-from tirlab.rollout.loop import RolloutLimits, rollouts
+from tirlab.rollout.calls import RolloutLimits
+from tirlab.rollout.schedule import rollouts
 from tirlab.core.tiny import tiny_policy
 
 TOK = AutoTokenizer.from_pretrained(tiny_policy())

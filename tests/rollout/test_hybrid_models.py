@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import tirlab.rollout.engines
 from tirlab.all import (Clamp, ContinuousEngine, GenerateEngine, PythonEnvironment, Sampling, TIRConfig, TIRTrainer, answer_reward, evaluate,
                         make_tasks, tiny_policy)
-from tirlab.rollout.continuous import fitting_engine, not_paged
+from tirlab.rollout.continuous import fitting_engine, why_not_paged
 from tirlab.rollout.engines import generate
 from tirlab.eval.evaluate import restore
 
@@ -98,7 +98,7 @@ def test_a_layer_that_cannot_be_copied_keeps_prompts_apart():
 def test_continuous_batching_samples_rightly_or_says_why_not(name):
     model, prompts = make(name), PROMPTS["unequal"]
     if name in PAGED:
-        assert not_paged(model) is None and fitting_engine("continuous", model) == "continuous"
+        assert why_not_paged(model) is None and fitting_engine("continuous", model) == "continuous"
         assert apart(model, prompts, ask(ContinuousEngine(model, TOK, 1024), prompts)) < 1e-4
         return
     with pytest.raises(ValueError, match=f"{type(model).__name__}.*Use engine='generate'"): ContinuousEngine(model, TOK)

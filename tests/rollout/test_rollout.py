@@ -16,7 +16,9 @@ from tirlab.rollout.engines import BatchEngine, EngineError, GenerateEngine, Sam
 from tirlab.envs.environments import environment_tools
 from tirlab.sandbox.executions import SandboxFault
 from tirlab.core.formats import ChatFormat, make_format
-from tirlab.rollout.loop import open_task, rollout, rollout_metrics, rollouts
+from tirlab.rollout.loop import open_task, rollout
+from tirlab.rollout.metrics import rollout_metrics
+from tirlab.rollout.schedule import rollouts
 from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.core.trajectory import StopReason, ToolCall
 
@@ -48,7 +50,7 @@ def play(model, schedule, seed=0, n=12, engine=None, limits=RolloutLimits(160), 
     tasks, engine = list(make_tasks("arithmetic", "test", n)), engine or GenerateEngine(model, TOK)
     environments = [environment() for _ in tasks]
     with engine.ready():
-        return rollouts(tasks, engine, environments, [ChatFormat(TOK, list(environment_tools(e).values())) for e in environments], limits, sampling, (seed,), 0, schedule)
+        return rollouts(tasks, engine, environments, [ChatFormat(TOK, list(environment_tools(e).values())) for e in environments], limits, sampling=sampling, seed=(seed,), schedule=schedule)
 
 
 # ---- noise

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tirlab.all import TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
 from tirlab.rollout.calls import RolloutLimits, run_call, run_calls, wrong_thread
 from tirlab.eval.evaluate import evaluate
-from tirlab.rollout.loop import failing_tools, run_async
+from tirlab.rollout.loop import run_async
+from tirlab.rollout.metrics import failing_tools
 from tirlab.core.trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn, TurnKind
 
 SMALL = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=160, max_steps=1, learning_rate=1e-4, save_strategy="no", disable_tqdm=True, trace=False, seed=0)

@@ -13,15 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from tirlab.rollout.calls import RolloutLimits
-from tirlab.supervision.demonstrations import Demonstrator, Scripted, call_ids, demonstrate, is_whole, truth, turn_ids
+from tirlab.supervision.demonstrations import Demonstrator, ScriptedEngine, call_ids, demonstrate, is_whole, message_ids, read_ground_truth
 from tirlab.rollout.engines import GenerateEngine
 from tirlab.envs.environments import PythonEnvironment, environment_tools
 from tirlab.eval.evaluate import evaluate
 from tirlab.sandbox.executions import SandboxFault
 from tirlab.core.formats import make_format
 from tirlab.rewards.outcome import answer_reward
-from tirlab.rollout.loop import open_row, rollout, rollouts
-from tirlab.supervision.sft_rows import sft_rows
+from tirlab.rollout.loop import open_row, rollout
+from tirlab.rollout.schedule import rollouts
+from tirlab.supervision.lessons import sft_rows
 from tirlab.core.syntax import SYNTAXES
 from tirlab.envs.tasks import ENVIRONMENTS, make_tasks
 from tirlab.core.tiny import tiny_policy, tiny_tokenizer
@@ -56,9 +57,9 @@ def test_ways_to_write_ground_truth():
     call, want = {"name": "find", "arguments": {"name": "rab", "box": 7}}, ToolCall("find", {"name": "rab", "box": 7})
     wrapped = {"type": "function", "function": {"name": "find", "arguments": json.dumps(call["arguments"])}}
     for entry in (call, json.dumps(call), wrapped, json.dumps(wrapped), [call], json.dumps([call])):
-        assert truth({"ground_truth": [entry], "answer": 3}) == ([[want]], "3")
-    assert truth({"ground_truth": [[call, call], call]}) == ([[want, want], [want]], None) and truth({"ground_truth": [], "answer": "7"}) == ([], "7")
-    assert truth({"ground_truth": [{"name": "f", "arguments": None}]}) == ([[ToolCall("f", {})]], None)
+        assert read_ground_truth({"ground_truth": [entry], "answer": 3}) == ([[want]], "3")
+    assert read_ground_truth({"ground_truth": [[call, call], call]}) == ([[want, want], [want]], None) and read_ground_truth({"ground_truth": [], "answer": "7"}) == ([], "7")
+    assert read_ground_truth({"ground_truth": [{"name": "f", "arguments": None}]}) == ([[ToolCall("f", {})]], None)
 
 
 def test_a_table_of_dicts_gives_back_what_was_put_in():
@@ -66,7 +67,7 @@ def test_a_table_of_dicts_gives_back_what_was_put_in():
     calls = [{"name": "find", "arguments": {"box": 7}}, {"name": "read", "arguments": {"key": "k17"}}]
     table = Dataset.from_list([{"ground_truth": calls}])
     assert table[0]["ground_truth"][0]["arguments"] == {"box": 7, "key": None}
-    assert truth(table[0])[0] == [[ToolCall(c["name"], c["arguments"])] for c in calls]
+    assert read_ground_truth(table[0])[0] == [[ToolCall(c["name"], c["arguments"])] for c in calls]
 
 
 @pytest.mark.parametrize("row, said", [
@@ -75,7 +76,7 @@ def test_a_table_of_dicts_gives_back_what_was_put_in():
     ({"ground_truth": [{"name": "f", "arguments": "x"}]}, "Entry 0"), ({"ground_truth": [{"name": 3}]}, "Entry 0"), ({"ground_truth": [7]}, "Entry 0"),
 ])
 def test_rows_that_do_not_say_are_refused_in_one_sentence(row, said):
-    with pytest.raises(ValueError, match=said) as e: truth(row)
+    with pytest.raises(ValueError, match=said) as e: read_ground_truth(row)
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match=f"Row 1: .*{said}"): demonstrate([ROWS[0], row | {"prompt": ROWS[0]["prompt"], "environment": "repair"}], TOK, ENVIRONMENTS)
 
@@ -94,14 +95,14 @@ def test_turns_are_what_the_template_would_write(name, template):
         whole = TOK.apply_chat_template([*asked, message], tools=format.tools, chat_template=text, return_dict=False)
         assert whole[:len(format.prompt(asked)) + len(ids)] == format.prompt(asked) + ids
     assert ("<think>" in TOK.decode(ids)) == (template == "qwen3_training")
-    assert TOK.decode(turn_ids({"role": "assistant", "content": "85"}, format)).endswith("85<|im_end|>")
+    assert TOK.decode(message_ids({"role": "assistant", "content": "85"}, format)).endswith("85<|im_end|>")
 
 
 def test_a_template_without_tools_or_ends_gets_the_plain_text():
     template = "{% for m in messages %}{{ raise_exception('no') if m.tool_calls is defined }}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     for name in NAMES:
         format = make_format(name, TOK, [], template)
-        assert turn_ids({"role": "assistant", "content": "85"}, format) is None
+        assert message_ids({"role": "assistant", "content": "85"}, format) is None
         if name: assert TOK.decode(call_ids([ToolCall("python", {"code": "1"})], format)) == SYNTAXES[name].render([ToolCall("python", {"code": "1"})]) + "<|im_end|>"
 
 
@@ -109,7 +110,7 @@ def test_a_template_without_tools_or_ends_gets_the_plain_text():
 def test_demonstrations_solve_their_task_in_any_format(name):
     done = demos(name)
     assert answer_reward([t.messages for t in done], ROWS["answer"]) == [1.0] * 12 and all(map(is_whole, done))
-    assert [t.calls for t in done] == [[c for turn in truth(r)[0] for c in turn] for r in ROWS]
+    assert [t.calls for t in done] == [[c for turn in read_ground_truth(r)[0] for c in turn] for r in ROWS]
     assert all(t.logprobs is None and t.origin == "demonstration" and len(t.turns) > 1 for t in done)
     prompts = [open_row(r, TOK, ENVIRONMENTS, call_format=name)[0] for r in ROWS]
     assert [t.prompt_ids for t in done] == prompts
@@ -213,8 +214,8 @@ def test_rows_of_ones_own_change_no_other(model, schedule):
     model.eval()
     def go(own):
         prompts, named, formats, owned, _ = map(list, zip(*(open_row(r, TOK, ENVIRONMENTS) for r in ROWS)))
-        engines = {i: Demonstrator(*truth(ROWS[i]), formats[i]) for i in own}
-        return rollouts(prompts, GenerateEngine(model, TOK, schedule == "eager"), named, formats, RolloutLimits(400), seed=(5, "own"), first=40, schedule=schedule, owned=owned, own=engines)
+        engines = {i: Demonstrator(*read_ground_truth(ROWS[i]), formats[i]) for i in own}
+        return rollouts(prompts, GenerateEngine(model, TOK, schedule == "eager"), named, formats, RolloutLimits(400), seed=(5, "own"), first_row=40, schedule=schedule, owners=owned, engines=engines)
     without = go([])
     for own in [0], [3, 7, 11], [*range(11)], [*range(12)]:
         for i, (a, b) in enumerate(zip(go(own), without)):
@@ -227,14 +228,14 @@ def test_the_gate_does_not_wait_for_rows_of_ones_own(model):
     asked = []
     class Counts:
         async def generate(self, ids, sampling): asked.append(len(asked)); return await inner.generate(ids, sampling)
-    inner, limits = Scripted(lambda: iter(["7"]), make_format(None, TOK, [])), RolloutLimits(100)
+    inner, limits = ScriptedEngine(lambda: iter(["7"]), make_format(None, TOK, [])), RolloutLimits(100)
     class Slow:
         async def generate(self, ids, sampling):
             for _ in range(1000):
                 if asked: break
                 await asyncio.sleep(0.01)
-            return await Scripted(lambda: iter(["7"]), make_format(None, TOK, [])).generate(ids, sampling)
-    done = rollouts([TOK.encode("hi")] * 2, Counts(), [None] * 2, [make_format(None, TOK, [])] * 2, limits, own={1: Slow()})
+            return await ScriptedEngine(lambda: iter(["7"]), make_format(None, TOK, [])).generate(ids, sampling)
+    done = rollouts([TOK.encode("hi")] * 2, Counts(), [None] * 2, [make_format(None, TOK, [])] * 2, limits, engines={1: Slow()})
     assert asked == [0] and [t.stop for t in done] == [StopReason.ANSWER] * 2
 
 
@@ -352,6 +353,6 @@ def test_a_script_hears_what_the_last_tool_said():
         yield "done"
     for name in NAMES:
         format, environment = make_format(name, TOK, [PythonEnvironment().python]), PythonEnvironment()
-        t = asyncio.run(rollout(task("1"), Scripted(lambda format=format: script(format), format), environment, format, RolloutLimits(1000)))
+        t = asyncio.run(rollout(task("1"), ScriptedEngine(lambda format=format: script(format), format), environment, format, RolloutLimits(1000)))
         assert t.stop is StopReason.ANSWER and heard == [t.results[1].content, t.results[2].content]
         heard.clear()

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tirlab.supervision.demonstrations import demonstrate, is_whole, truth
+from tirlab.supervision.demonstrations import demonstrate, is_whole, read_ground_truth
 from tirlab.envs.environments import PythonEnvironment
 from tirlab.supervision.reflections import (
     MISTAKES, Case, analysis_prompt, case_of, case_of_trace, find_mistake, reflect, rule_writer, scenario_prompt, short_prompt)
 from tirlab.rewards.outcome import answer_reward
 from tirlab.traces.rows import TraceRow
-from tirlab.supervision.sft_rows import sft_rows
+from tirlab.supervision.lessons import sft_rows
 from tirlab.core.syntax import SYNTAXES
 from tirlab.envs.tasks import ENVIRONMENTS, FAMILIES, make_tasks
 from tirlab.core.tiny import tiny_policy, tiny_tokenizer
@@ -36,7 +36,7 @@ PROMPTS = [analysis_prompt, scenario_prompt, short_prompt]
 KEY = "sk-do-not-show-0123456789"
 
 
-def right_calls(row): return [c for turn in truth(row)[0] for c in turn]
+def right_calls(row): return [c for turn in read_ground_truth(row)[0] for c in turn]
 
 
 def failures(flaw, family="all", syntax="json", n=24, level=None, seed=0):

@@ -7,7 +7,7 @@ import torch
 
 import tirlab.trainer.generation
 from tirlab.all import AuxiliarySFT, Hints, OffPolicy, Replay, TIRConfig, TIRTrainer, answer_reward, demonstrate, make_tasks, open_run, tiny_policy
-from tirlab.supervision.in_batch import check_supervision, lesson_tensors
+from tirlab.supervision.in_batch import check_supervision, sft_tensors
 from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.core.tiny import tiny_tokenizer
 from tirlab.trainer.handover import sampler_logprobs
@@ -135,7 +135,7 @@ def test_the_supervised_term_is_the_likelihood_of_the_right_calls(tmp_path):
     assert [x.completion_ids for x in t.batch.demonstrations] == [x.completion_ids for x in lessons]
     out["advantages"] = torch.zeros_like(out["advantages"])
     ours = grads(t, t._compute_loss(t.model, out))
-    ids, seen, learnt = lesson_tensors(lessons, TOK.pad_token_id)
+    ids, seen, learnt = sft_tensors(lessons, TOK.pad_token_id)
     logits = t.model(ids, attention_mask=seen).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     wanted = grads(t, -0.5 * (logits * learnt[:, 1:]).sum() / learnt[:, 1:].sum())
     assert torch.allclose(ours, wanted, atol=1e-6) and ours.abs().max() > 1e-3
@@ -161,7 +161,7 @@ def test_lessons_that_are_fewer_than_the_parts_of_a_batch_weigh_as_much(tmp_path
     t.current_gradient_accumulation_steps, sums = 4, 0.0
     assert len(t.batch.demonstrations) == 1
     for t._step in range(4): sums += getattr(lesson_loss(t, t.model), 'item', lambda: 0.0)()
-    ids, seen, learnt = lesson_tensors(t.batch.demonstrations, TOK.pad_token_id)
+    ids, seen, learnt = sft_tensors(t.batch.demonstrations, TOK.pad_token_id)
     logits = t.model(ids, attention_mask=seen).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     assert sums == pytest.approx(-(logits * learnt[:, 1:]).sum().item() / learnt[:, 1:].sum().item(), rel=1e-4)
 
@@ -258,5 +258,5 @@ def test_a_dataset_without_ground_truth_and_a_hint_too_long(tmp_path):
     check_supervision([Hints(hint=lambda row: "x")], args, bare, "generate", 1024, TOK)
     with pytest.raises(ValueError, match="whole context is 64"): check_supervision([Hints(hint=lambda row: "x" * 100)], args, bare, "generate", 64, TOK)
     for wrong, said in ((lambda: Hints(where="end"), "where='end'"), (lambda: OffPolicy(shaping=0.1), "needs importance=True"), (lambda: OffPolicy(importance=True, shaping=0), "not above 0"),
-                        (lambda: AuxiliarySFT(-1), "the contrary"), (lambda: AuxiliarySFT(until=2), "no share of the run")):
+                        (lambda: AuxiliarySFT(-1), "weight=-1"), (lambda: AuxiliarySFT(until=2), "no share of the run")):
         with pytest.raises(ValueError, match=said): wrong()

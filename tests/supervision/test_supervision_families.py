@@ -12,8 +12,8 @@ from tirlab.envs.environments import environment_tools
 from tirlab.core.formats import make_format
 from tirlab.algorithms.prompts import Replay
 from tirlab.rewards.outcome import answer_reward
-from tirlab.supervision.sft_rows import sft_rows
-from tirlab.supervision.in_batch import Hints, hint_lines, hint_text, hinted
+from tirlab.supervision.lessons import sft_rows
+from tirlab.supervision.in_batch import Hints, add_hint, hint_lines, hint_text
 from tirlab.envs.tasks import ENVIRONMENTS, make_tasks
 
 FAMILIES = ["qwen2_5", "qwen3", "qwen3_training", "qwen3_5_think", "llama3_1", "gptoss", "glm4moe", "gemma4", "lfm2_2_5", "nemotron_3_nano"]
@@ -52,7 +52,7 @@ def test_hinted_prompts_render(family, call_format):
         for row in ROWS:
             format = make_format(call_format, tok, list(environment_tools(ENVIRONMENTS[row["environment"]]()).values()), end_tokens=ends)
             text = hint_text(hint_lines(Hints(1, where), row, format.syntax), 1.0)
-            bare, told = (tok.decode(format.prompt(m)) for m in (row["prompt"], hinted(row["prompt"], text, where)))
+            bare, told = (tok.decode(format.prompt(m)) for m in (row["prompt"], add_hint(row["prompt"], text, where)))
             squeezed = lambda s: re.sub(r"\s+", " ", s)
             assert squeezed(text) in squeezed(told) and "Notes that may help" not in bare and told.count("Notes that may help") == 1
             assert told[-12:] == bare[-12:]

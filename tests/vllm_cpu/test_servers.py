@@ -251,13 +251,13 @@ def test_when_all_fail_rollouts_fail(stub, tok, mood):
 def test_one_of_two_is_killed_mid_run(servers, urls, model, tok, report):
     by_url, killed = {s.url: s for s in servers}, []
     engine = VLLMServerEngine(urls, sync=lambda url: by_url[url].load(tiny_policy()))
-    ask_first = engine._ask
+    ask_first = engine._request
     async def ask_and_kill(server, ids, sampling):
         if server.url == urls[0] and server.live > 4 and not killed:
             killed.append(server.live)
             threading.Timer(0.2, servers[0].kill).start()
         return await ask_first(server, ids, sampling)
-    engine._ask = ask_and_kill
+    engine._request = ask_and_kill
     with engine.ready(0): done = roll(engine, tok)
     report(f"one of two servers killed with {killed[0]} turns on it: {sum(t.stop is StopReason.FAILED for t in done)} of {len(done)} rollouts failed")
     assert killed and all(t.stop is not StopReason.FAILED for t in done) and gap(model, done) < 1e-3

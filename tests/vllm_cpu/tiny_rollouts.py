@@ -2,10 +2,11 @@
 import asyncio
 
 import torch
-from tirlab.rollout.engines import Sampling, noise_seed, processors
+from tirlab.rollout.engines import Sampling, noise_seed, logits_processors
 from tirlab.envs.environments import PythonEnvironment
 from tirlab.core.formats import ChatFormat
-from tirlab.rollout.loop import RolloutLimits, rollouts
+from tirlab.rollout.calls import RolloutLimits
+from tirlab.rollout.schedule import rollouts
 from tirlab.envs.tasks import make_tasks
 
 ROWS = [row for row in make_tasks("arithmetic", "test", 8) for _ in range(8)]
@@ -21,7 +22,7 @@ def roll(engine, tok, seed=0, schedule="eager", rows=ROWS):
 def scored(model, prompt, ids, sampling=Sampling()):   # noqa: B008
     "Log-probabilities of the tokens behind a prompt, by transformers."
     logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
-    return processors(sampling)(None, logits).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    return logits_processors(sampling)(None, logits).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
 def gap(model, trajectories):

@@ -23,7 +23,8 @@ from .estimates import Estimate, summary
 from .rewards import event_loop, score_rows
 from .sampler import Sampler, completions_of, schedule_of, with_padding
 from ..collapse.interventions import Clamp, bounds_of, clamped_engine
-from ..rollout.loop import failing_tools, rollouts
+from ..rollout.metrics import failing_tools
+from ..rollout.schedule import rollouts
 from ..core.trajectory import StopReason, ToolError, Trajectory
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #1a8e9e5b
@@ -109,9 +110,9 @@ def _rolled(sampler, dataset, tries, call_format, k, sampling, seed, schedule, l
     rows = [dataset[i // k] for i in tries]
     opened = [sampler.open(row, call_format, i // k) for i, row in zip(tries, rows)]
     served = {i: o.engine for i, o in enumerate(opened)} if isinstance(sampler.engine, Endpoint) else None
-    owned = [o.environment for o in opened]
-    batch = rollouts([o.prompt for o in opened], sampler.engine, [o.tools for o in opened], [o.format for o in opened], sampler.limits, sampling, (seed, "evaluate"), tries[0], schedule,
-                     loop=loop, owned=owned, renew=lambda i: opened[i].reset(), own=served)
+    batch = rollouts([o.prompt for o in opened], sampler.engine, [o.tools for o in opened], [o.format for o in opened], sampler.limits,
+                     sampling=sampling, seed=(seed, "evaluate"), first_row=tries[0], schedule=schedule, loop=loop, owners=[o.environment for o in opened],
+                     reset=lambda i: opened[i].reset(), engines=served)
     return rows, opened, batch
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #13d35733

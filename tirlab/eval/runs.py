@@ -30,7 +30,8 @@ from ..rewards.patterns import reasoning_patterns
 from ..traces.recorder import Recorder, trace_row
 from ..envs.math_tasks import boxed
 from ..rewards.outcome import final_text
-from ..rollout.loop import Turnstile, retried, rollout, run_async
+from ..rollout.loop import rollout, run_async
+from ..rollout.schedule import TurnBarrier, retry_rollout
 from ..traces.run import RunWriter, TraceRow, check_folder
 from ..core.trajectory import StopReason, Trajectory
 
@@ -38,9 +39,9 @@ from ..core.trajectory import StopReason, Trajectory
 async def _one_try(sampler, unit, j, gate, sampling, seed, slots, loop):
     "Roll out one row once; return what it began with, and the rollout."
     opened = sampler.open(unit.row, unit.call_format, unit.item)
-    engine, owner, noise = gate.seat(unit.seat + j) if gate else opened.engine, opened.environment, (seed, "evaluate", unit.number + j)
-    begin = lambda: rollout(opened.prompt, engine, opened.tools, opened.format, sampler.limits, sampling, noise, slots, loop, owner=owner)
-    done = await retried(begin, owner, opened.reset)
+    engine, owner, noise = gate.engine_for(unit.seat + j) if gate else opened.engine, opened.environment, (seed, "evaluate", unit.number + j)
+    begin = lambda: rollout(opened.prompt, engine, opened.tools, opened.format, sampler.limits, sampling=sampling, noise=noise, slots=slots, loop=loop, owner=owner)
+    done = await retry_rollout(begin, owner, opened.reset)
     if gate: gate.leave()
     return opened, done
 
@@ -84,7 +85,7 @@ async def _run_units(units, sampler, sampling, seed, batch, schedule, scribe):
             for unit in units: group.create_task(alone(unit, window))
         return
     for some in _batches(units, batch):
-        gate = Turnstile(sampler.engine, sum(len(u.tries) for u in some))
+        gate = TurnBarrier(sampler.engine, sum(len(u.tries) for u in some))
         async with asyncio.TaskGroup() as group: each = [group.create_task(rolled(u, gate)) for u in some]
         done = [(u, e.result()) for u, e in zip(some, each)]
         scribe.write(done, scribe.score(done))

@@ -50,7 +50,7 @@ class Sampler:
         "Return a row as a rollout needs it, in an environment of its own. Raises: ValueError where it cannot be opened."
         messages, named, owner, reset = open_environment(row, self.environment_factory, self.tools, number)
         if isinstance(self.engine, Endpoint):
-            line = self.engine.line(self.limits.completion_tokens)
+            line = self.engine.rollout_engine(self.limits.completion_tokens)
             format = EndpointFormat(line, offered_tools(named), call_format, self.limits.first_call_only)
             return Opened(format.prompt(messages), line, named, format, owner, reset, messages)
         format = make_format(call_format, self.tokenizer, offered_tools(named), self.chat_template, self.template_kwargs, self.end_tokens)

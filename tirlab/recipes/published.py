@@ -12,7 +12,7 @@ from typing import Any, Callable
 # %% ../../nbs/70_recipes/00_published.ipynb #e29aab7b
 from ..rewards.confidence import agreement_reward, rlcr_reward
 from ..rewards.outcome import answer_reward
-from ..supervision.in_batch import Hints, OffPolicy, Signal
+from ..supervision.in_batch import Hints, OffPolicy, Supervision
 from ..supervision.lessons import DemonstrationSFT, ErroneousTrajectories, Reflections
 from ..supervision.reflections import rule_writer, short_prompt
 from ..trainer.interleave import Interleave, OnAlarm
@@ -26,7 +26,7 @@ class Recipe:
     inferred: str             # what the paper does not say, and what of it is not here
     lora: dict[str, Any] | None = None   # arguments of peft's `LoraConfig`; None trains all weights
     reward: Callable = answer_reward     # TRL reward function
-    supervision: tuple[Signal, ...] = ()   # of every batch, as for `TIRTrainer`
+    supervision: tuple[Supervision, ...] = ()   # of every batch, as for `TIRTrainer`
     plan: Interleave | None = None         # rounds of RL and of supervised training; None for RL alone
     rate_for: str | None = None            # model for which the paper gives its learning rate; None where `sets` has none
 

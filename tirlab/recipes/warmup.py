@@ -17,7 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 # %% ../../nbs/70_recipes/02_warmup.ipynb #1fae18c9
 from ..rollout.calls import RolloutLimits
-from ..supervision.demonstrations import Scripted, truth
+from ..supervision.demonstrations import ScriptedEngine, read_ground_truth
 from ..envs.environments import environment_tools
 from ..core.formats import ChatFormat, make_format, render_call
 from ..rollout.loop import rollout, run_async
@@ -54,7 +54,7 @@ def script(
     syntax: str = "json",   # how calls are written
 ):                          # generator: yields turns as text, is sent the last tool result
     "Yield the turns of one demonstration."
-    calls, told, guess = [c for turn in truth(row)[0] for c in turn], "", str(rng.randint(10, 999))
+    calls, told, guess = [c for turn in read_ground_truth(row)[0] for c in turn], "", str(rng.randint(10, 999))
     write = lambda call: render_call(call, syntax)
     if flaw == "guess": yield guess; return
     at = rng.randrange(len(calls))
@@ -77,7 +77,7 @@ async def _demonstrate(row, tokenizer, rng, slots, flaws, formats):
     name = rng.choices([*formats], [*formats.values()])[0]
     format = make_format(name, tokenizer, list(environment_tools(environment).values()))
     flaw = rng.choices([*flaws, None], [*flaws.values(), 1 - sum(flaws.values())])[0]
-    engine = Scripted(lambda: script(row, flaw, rng, format.syntax), format)
+    engine = ScriptedEngine(lambda: script(row, flaw, rng, format.syntax), format)
     done = await rollout(row, engine, environment, format, RolloutLimits(completion_tokens=1024), slots=slots)
     given_away = flaw and meets_held_out(row["pairs"][0].split("|")[0], tokenizer.decode(done.completion_ids))
     return await _demonstrate(row, tokenizer, rng, slots, {}, {name: 1}) if given_away else done

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 # %% ../../nbs/60_trainer/09_effects.ipynb #d4c2a2d2
 from ..algorithms.advantages import BY_TURN
 from .batch import total_rewards
-from ..rewards.confidence import said_confidence
+from ..rewards.confidence import stated_confidence
 from ..config.tir_config import TIRConfig
 from ..algorithms.filters import overlong
 from ..rewards.outcome import final_text, format_rewards, tool_rewards
@@ -42,7 +42,7 @@ ROLLOUT: dict[str, tuple[str, Callable[[TIRConfig, Trajectory], bool]]] = {   # 
     "replay_successes": ("is an old success", lambda args, t: t.origin == "replay"),
     "OffPolicy": ("is a demonstration", lambda args, t: t.origin == "demonstration"),
     "Hints": ("was told a hint", lambda args, t: t.hint is not None),
-    "rlcr_reward": ("says a confidence, so that it orders rollouts as plain correctness does", lambda args, t: said_confidence(final_text(t.messages) or "") >= 0),
+    "rlcr_reward": ("says a confidence, so that it orders rollouts as plain correctness does", lambda args, t: stated_confidence(final_text(t.messages) or "") >= 0),
 }
 
 # %% ../../nbs/60_trainer/09_effects.ipynb #1a2552b8

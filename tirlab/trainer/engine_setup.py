@@ -28,7 +28,7 @@ def trl_engine(
     ends: list[int],         # tokens that end a turn
     gather: Callable[[list], list] | None = None,   # collects over processes, where they can only sample together
 ) -> BatchEngine:            # for one batch of rollouts
-    "TRL's own sampler as an engine; seeds are not used."
+    "Return an engine that samples with TRL's own sampler; seeds are not used."
     first = [num_generations]
     def turns(prompts, samplings):
         if gather: gather([True])
@@ -43,14 +43,14 @@ def keep_up(
     filler: list[int],                # any prompt
     gather: Callable[[list], list],   # collects over processes
 ) -> None:
-    "Ask for nothing, as often as other processes ask for something."
+    "Call the sampler without need, as long as another process calls it."
     while any(gather([False])): sample([filler], None, {}, 1)
 
 # %% ../../nbs/60_trainer/05_engine_setup.ipynb #507f002c
 def make_engine(
     trainer: Any,   # TIRTrainer
 ) -> Any:           # an engine
-    "The engine that the trainer's arguments ask for."
+    "Return the engine that the trainer's arguments name. Raises: ValueError where processes hold parts of the policy and the engine cannot sample together."
     name, policy = trainer.engine_name, trainer.accelerator.unwrap_model(trainer.model)
     if name in ("generate", "continuous") and trainer.accelerator.num_processes > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled and not trainer.args.ds3_gather_for_generation):
         raise ValueError("Where each process holds a part of the policy all of them must sample together, and transformers' engines do not; use use_vllm=True, or ds3_gather_for_generation=True with DeepSpeed.")
@@ -68,7 +68,7 @@ def make_engine(
 def sampling_of(
     args: TIRConfig,   # of the trainer
 ) -> Sampling:
-    "How TRL's arguments say to draw."
+    "Return TRL's sampling arguments as `Sampling`."
     return Sampling(args.max_completion_length, args.temperature, args.top_p, max(args.top_k, 0), args.min_p or 0.0, args.repetition_penalty)
 
 # %% ../../nbs/60_trainer/05_engine_setup.ipynb #a9a5fe33
@@ -76,7 +76,7 @@ def sampling_of(
 def gathered(
     trainer: Any,   # TIRTrainer
 ):
-    "Inside, the policy's parameters are whole and gradient checkpointing is off, if the engine samples from the policy itself."
+    "Gather the policy's parameters and switch gradient checkpointing off, inside `with`, if the engine samples from the policy itself."
     if trainer.engine_name not in ("generate", "continuous"): yield; return
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
                                      gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs), torch.no_grad(), \
@@ -88,9 +88,9 @@ _PLAIN = ("{% for m in messages %}{{ m.role + ':' + (m.content or '') + ((m.tool
 
 @contextmanager
 def calls_as_text(
-    tokenizer: Any,   # changed inside, and put back
+    tokenizer: Any,   # changed inside `with`, and restored
 ):
-    "Inside, the tokenizer seems to render and parse tool calls."
+    "Give the tokenizer a template that renders tool calls, inside `with`."
     own, has = tokenizer.chat_template, getattr(tokenizer, "response_template", None)
     tokenizer.chat_template, tokenizer.response_template = _PLAIN, has or {"fields": {}}
     try: yield
@@ -105,7 +105,7 @@ class Canary:
         args: TIRConfig,      # temperature, seed, `sync_tolerance`, precision
         needed: bool = True,  # whether the engine has weights of its own
         full: bool = True,    # whether it computes in float32
-        blind: bool = False,  # whether nobody can be asked alone, so that the rollouts themselves must do
+        blind: bool = False,  # whether all processes must sample together: no canary is possible, and the batch itself is compared
     ): self.args, self.needed, self.full, self.blind, self._version, self._asked = args, needed, full, blind, None, None
 
     def ask(self,
@@ -113,7 +113,7 @@ class Canary:
         prompt: list[int],   # any prompt
         version: int,        # of the weights
     ) -> None:
-        "Sample a few tokens from whatever was brought weights since the last time."
+        "Sample a few tokens from every engine whose weights were loaded since the last call."
         if not self.needed: return
         start, sampling = time.perf_counter(), Sampling(16, self.args.temperature, seed=noise_seed(self.args.seed, "canary"))
         prompt, fresh = prompt[-64:], engine.fresh() if hasattr(engine, "fresh") else [engine] * (version != self._version)   # any prompt will do
@@ -121,14 +121,14 @@ class Canary:
         sampled, problem = [], None
         for one in fresh:
             try: sampled.append(run_async(partial(one.generate, prompt, sampling)))
-            except EngineError as e: problem = e   # a server that cannot answer is out of use now
+            except EngineError as e: problem = e   # a server that failed is not used any more
         if not sampled: raise problem
         self._version, self._asked = version, (prompt, sampled, time.perf_counter() - start)
 
     def check(self,
         model: Any,   # the policy, able to run a forward pass again
-    ) -> dict[str, float]:   # "sync/canary_gap" (nats) and "sync/canary_seconds"; empty where nothing was asked
-        "Compare what was asked. Raises: EngineError where the gap is above the tolerance."
+    ) -> dict[str, float]:   # "sync/canary_gap" (nats) and "sync/canary_seconds"; empty where there is no canary
+        "Compare the canary with the policy. Raises: EngineError where the gap is above the tolerance."
         if self._asked is None: return {}
         (prompt, sampled, seconds), self._asked, start, training = self._asked, None, time.perf_counter(), model.training
         model.eval()
@@ -143,18 +143,18 @@ class Canary:
         gap: float,    # between the sampler of a batch and the trainer on the same weights, mean over its tokens, nats
         model: Any,    # the policy
     ) -> None:
-        "Where nobody could be asked, judge by the batch. Raises: EngineError where the gap is above the tolerance."
+        "Compare a batch with the policy where no canary is possible. Raises: EngineError where the gap is above the tolerance."
         if self.blind and gap > self._allowed(model):
             raise EngineError(f"The sampler's log-probabilities are {gap:.3g} nats a token from the trainer's, sync_tolerance allows {self._allowed(model):g}. "
                               "The transfer of weights failed, or engine and trainer compute differently.")
 
     def _allowed(self, model):
-        "Largest gap, nats a token."
+        "Return the largest gap allowed, nats a token."
         full = self.full and model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
         return self.args.sync_tolerance or (0.001 if full else 0.3)
 
     def _gap(self, model, prompt, sampled):
-        "Largest distance between the engine's log-probabilities and the policy's."
+        "Return the largest difference between the engine's log-probabilities and the policy's."
         ids = torch.tensor([prompt + sampled.ids], device=model.device)
         with torch.no_grad(): logits = model(ids, logits_to_keep=len(sampled.ids) + 1).logits[0, :-1].float() / (self.args.temperature or 1)
         ours = logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0]
@@ -164,7 +164,7 @@ class Canary:
 def make_canary(
     trainer: Any,   # TIRTrainer
 ) -> Canary:
-    "The canary of a trainer: needed where the engine has weights, or prefixes computed with them, of its own, and one process can ask alone."
+    "Return the canary of a trainer: needed where the engine has weights or cached prefixes of its own, and one process can sample alone."
     args, alone = trainer.args, trainer.engine_name != "trl" or trainer.accelerator.num_processes == 1
     if not args.use_vllm: return Canary(args, trainer.engine_name == "continuous")
     colocated = args.vllm_mode == "colocate"

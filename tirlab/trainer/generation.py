@@ -22,8 +22,9 @@ from trl import GRPOTrainer
 from ..rollout.engines import EngineError, context_of
 from ..config.tir_config import rollout_limits
 from ..envs.environments import reset_environment
-from ..rollout.loop import failing_tools, rollout_metrics, rollouts
-from ..supervision.in_batch import Hints, Plan, hinted, make_plan
+from ..rollout.metrics import failing_tools, rollout_metrics
+from ..rollout.schedule import rollouts
+from ..supervision.in_batch import Hints, SupervisionPlan, add_hint, plan_supervision
 from ..core.trajectory import ToolError, Trajectory
 from .batch import Batch, finite_rewards
 from .engine_setup import gathered, keep_up, make_engine, sampling_of, trl_engine
@@ -56,10 +57,10 @@ def supervision_plan(
     limits: Any,        # RolloutLimits
     noise: tuple,       # seed, split and step
     first: int,         # number of the first rollout among those of the step
-) -> Plan:              # empty in evaluation
+) -> SupervisionPlan:   # empty in evaluation
     "Decide for each row who writes it, and with what hint."
-    if not trainer.supervision or "eval" in noise: return Plan([None] * len(rows), {}, {})
-    return make_plan(trainer.supervision, rows, formats, limits, trainer.args.answer_template.format, first, trainer.num_generations, run_done(trainer), noise)
+    if not trainer.supervision or "eval" in noise: return SupervisionPlan([None] * len(rows), {}, {})
+    return plan_supervision(trainer.supervision, rows, formats, limits, trainer.args.answer_template.format, first, trainer.num_generations, run_done(trainer), noise)
 
 def with_hints(
     trainer: Any,             # TIRTrainer
@@ -70,7 +71,7 @@ def with_hints(
 ) -> list[list[int]]:         # B
     "Return rendered prompts, with the hint in those rows that get one."
     where = next((s.where for s in trainer.supervision if isinstance(s, Hints)), None)
-    return [render(trainer, [hinted(prompts[i], hints[i], where)], [formats[i]])[0] if i in hints else ids for i, ids in enumerate(rendered)]
+    return [render(trainer, [add_hint(prompts[i], hints[i], where)], [formats[i]])[0] if i in hints else ids for i, ids in enumerate(rendered)]
 
 def as_learned(
     trajectory: Trajectory,   # as it was written
@@ -122,11 +123,12 @@ def roll_out(
         trainer.canary.ask(engine, min(rendered, key=len), version)
         limits = rollout_limits(args, context_tokens(trainer, engine), bool(trainer.tools))
         plan = supervision_plan(trainer, rows, formats, limits, noise, first)
-        made = rollouts(with_hints(trainer, rendered, prompts, formats, plan.hints), engine, tools, formats, limits, sampling_of(args), noise, first, trainer.schedule,
-                        args.max_concurrent_tools, getattr(trainer, "async_loop", None), clock, environments, renew if environments else None, plan.own)
+        made = rollouts(with_hints(trainer, rendered, prompts, formats, plan.hints), engine, tools, formats, limits, sampling=sampling_of(args), seed=noise,
+                        first_row=first, schedule=trainer.schedule, workers=args.max_concurrent_tools, loop=getattr(trainer, "async_loop", None), clock=clock, owners=environments,
+                        reset=renew if environments else None, engines=plan.engines)
         if trainer.engine_name == "trl" and together: keep_up(trainer._generate_single_turn, rendered[0], together)
     if training and not trainer._checked and (warning := failing_tools(made)): warnings.warn(warning, stacklevel=2)
-    return [as_learned(t, prompt, maker, plan.hints.get(i)) for i, (t, prompt, maker) in enumerate(zip(made, rendered, plan.makers))]
+    return [as_learned(t, prompt, maker, plan.hints.get(i)) for i, (t, prompt, maker) in enumerate(zip(made, rendered, plan.sources))]
 
 # %% ../../nbs/60_trainer/03_generation.ipynb #1c9ad74b
 def score(

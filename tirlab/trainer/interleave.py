@@ -27,9 +27,8 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from .batch import task_name
 from ..collapse.monitor import Alarm, CollapseMonitor
 from ..traces.files import write_atomic
-from ..supervision.lessons import Around, LessonSignal
+from ..supervision.lessons import LessonContext, LessonSource, sft_rows
 from .recording import recording
-from ..supervision.sft_rows import sft_rows
 from ..supervision.in_batch import check_answers
 from ..traces.run import open_run, trace_id
 from .objective import demonstrations_of
@@ -112,7 +111,7 @@ PHASES = "phases.json"   # in the trainer's output folder
 class Interleave:
     "Phases of RL and of supervised training. Source: arXiv 2606.26027 §4.4, the interleaved scheme; its rounds are 50, 100 and 150 steps."
     rounds: list[int] | OnAlarm      # optimiser steps of each round of RL, 0 to begin with supervision; or when an alarm is heard
-    signals: list[LessonSignal]      # what supervised training learns from, see `tirlab.supervision.lessons`
+    signals: list[LessonSource]      # what supervised training learns from, see `tirlab.supervision.lessons`
     sft: dict = field(default_factory=dict)   # arguments of TRL's `SFTConfig`; by default learning_rate 1e-5, 2 epochs, warm-up over 0.3 of the steps
     optimizer: str = "fresh"         # moments at the start of a round of RL: "fresh", or "kept" from the round before
     reference: str = "reset"         # with beta > 0, after supervision: "reset" to the policy, or "kept"
@@ -123,7 +122,7 @@ class Interleave:
         if wrong := set(self.sft) - {f.name for f in fields(SFTConfig)}: raise ValueError(f"Interleave: sft has {', '.join(sorted(wrong))}, which TRL's SFTConfig does not know; see its arguments.")
         if not self.signals: raise ValueError("Interleave has no signals to learn from; give at least one, such as ErroneousTrajectories(), or use trainer.train().")
         for s in self.signals:
-            if not isinstance(s, LessonSignal): raise ValueError(f"Interleave takes ErroneousTrajectories, Reflections, DemonstrationSFT and RejectionSampling, and not {s!r}; what belongs into every batch is TIRTrainer's `supervision`.")
+            if not isinstance(s, LessonSource): raise ValueError(f"Interleave takes ErroneousTrajectories, Reflections, DemonstrationSFT and RejectionSampling, and not {s!r}; what belongs into every batch is TIRTrainer's `supervision`.")
         if not isinstance(self.rounds, OnAlarm) and (not self.rounds or min(self.rounds) < 0 or not sum(self.rounds)): raise ValueError(f"Interleave: rounds={self.rounds} has no step of RL; give steps of each round, such as [50, 100, 150].")
 
     @property
@@ -284,7 +283,7 @@ def _gather_lessons(plan, trainer, phase, only):
     trainer.recorder.write(gather_object)   # what waits for its scores goes to the record now
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        around = Around(open_run(trainer.run_dir), phase["start"], {task_name(row): row for row in trainer.train_dataset}, partial(demonstrations_of, trainer), trainer._tokenizer, trainer.args.call_format, only)
+        around = LessonContext(open_run(trainer.run_dir), phase["start"], {task_name(row): row for row in trainer.train_dataset}, partial(demonstrations_of, trainer), trainer._tokenizer, trainer.args.call_format, only)
         parts = [s.lessons(around) for s in plan.signals]
         found = [t for lessons, _ in parts for t in lessons], {k: sum(c.get(k, 0) for _, c in parts) for k in dict.fromkeys(k for _, c in parts for k in c)}
     else: found = None

@@ -25,7 +25,7 @@ from ..config.tir_config import rollout_limits
 from ..core.trajectory import StopReason, Trajectory
 from ..rollout.engines import context_of
 from ..supervision.demonstrations import demonstrate, is_whole
-from ..supervision.in_batch import AuxiliarySFT, OffPolicy, lesson_tensors, token_weights_of
+from ..supervision.in_batch import AuxiliarySFT, OffPolicy, off_policy_weights, sft_tensors
 from .batch import task_name
 from .credit import extra_loss, keep_ratios, kept_advantages
 from .generation import run_done
@@ -73,7 +73,7 @@ def importance_weighted(
     advantages, shown, old = inputs["advantages"], inputs["demonstrated"][:, None], inputs.get("old_per_token_logps")
     if advantages.dim() == 1: advantages = advantages[:, None].expand_as(logp)
     shaping = next(s.shaping for s in trainer.supervision if isinstance(s, OffPolicy))
-    changed = {"advantages": torch.where(shown, advantages * token_weights_of(logp, shaping), advantages)}
+    changed = {"advantages": torch.where(shown, advantages * off_policy_weights(logp, shaping), advantages)}
     return changed if old is None else changed | {"old_per_token_logps": torch.where(shown, logp.detach(), old)}
 
 # %% ../../nbs/60_trainer/04_objective.ipynb #8ae52d98
@@ -159,7 +159,7 @@ def lesson_loss(
     lessons, pad = every[trainer._step % parts::parts], trainer._tokenizer.pad_token_id
     if not any(gather_object([bool(lessons)])): return 0.0
     padded = lessons or [Trajectory([pad] * 2, [], StopReason.FAILED)]   # a process without lessons must run the model as often as the others
-    ids, seen, learnt = (x.to(trainer.accelerator.device) for x in lesson_tensors(padded, pad))
+    ids, seen, learnt = (x.to(trainer.accelerator.device) for x in sft_tensors(padded, pad))
     logp = GRPOTrainer._get_per_token_logps_and_entropies(trainer, model, ids, seen, ids.shape[1] - 1)[0]
     loss = -(logp * learnt[:, 1:]).sum()
     if lessons:

@@ -28,7 +28,7 @@ from ..core.formats import make_format
 from ..envs.environments import check_environment, check_tool
 from ..rollout.continuous import fitting_engine
 from ..rollout.engines import context_of
-from ..supervision.in_batch import OffPolicy, Signal, check_supervision
+from ..supervision.in_batch import OffPolicy, Supervision, check_supervision
 from ..traces.run import check_folder
 from .batch import Batch, BatchBuilder, finite_rewards
 from .batch_credit import check_tensors, give_credit, keep_only, mask_tokens, token_advantages
@@ -67,7 +67,7 @@ class TIRTrainer(GRPOTrainer):
         tools: list[Callable] | None = None,   # plain typed functions
         environment_factory: Any = None,     # class, callable, or dict of them by the `environment` column
         interventions: list[Clamp] | None = None,   # tokens held within bounds, where `args.intervene` says
-        supervision: list[Signal] | None = None,    # OffPolicy, Hints, Replay, AuxiliarySFT: demonstrations, hinted and replayed rollouts
+        supervision: list[Supervision] | None = None,    # OffPolicy, Hints, Replay, AuxiliarySFT: demonstrations, hinted and replayed rollouts
         chat_template: str | None = None,           # template to use in place of the tokenizer's; it is saved with the checkpoints
         **kwargs,                            # callbacks, optimizers, peft_config, ...: as for GRPOTrainer
     ):
