@@ -129,7 +129,7 @@ def named_tasks(
     raise ValueError(f"Unknown tasks {name!r}; the nearest is {difflib.get_close_matches(name, [*FAMILIES, 'all', 'bfcl', *BENCHMARKS], 1, 0)[0]}; a file ends in {', '.join(SUFFIXES)}, a data set on the hub is owner/name.")
 
 def eval_cells(
-    settings: EvalSettings,
+    settings: EvalSettings,   # of `read_eval_settings`
 ) -> tuple[dict[str, tuple[Dataset, str]], str]:   # cell -> rows and format; name of the reward
     "Return the cells to evaluate: one, or with `ood` four. Raises: ValueError for tasks without other content, and where both formats are the same."
     take = lambda name, split: named_tasks(name, split, settings.n, settings.level, settings.instruction)
@@ -149,7 +149,7 @@ def _limits(settings):
                          last_turn_prompt=settings.last_turn_prompt, first_call_only=settings.first_call_only)
 
 def eval_sampler(
-    settings: EvalSettings,
+    settings: EvalSettings,   # of `read_eval_settings`
 ) -> Sampler:
     "Return the engine that settings name, with its tokenizer; or an endpoint. Raises: ValueError where it cannot be had."
     limits, template = _limits(settings), template_text(settings.chat_template)
@@ -209,7 +209,7 @@ def _weights(path):
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else None
 
 def eval_config(
-    settings: EvalSettings,
+    settings: EvalSettings,   # of `read_eval_settings`
 ) -> dict[str, Any]:        # what decides its result
     "Return the settings that an evaluation is known by, under the names that run folders have."
     old = {new: old for old, new in _OLD.items()}
@@ -218,14 +218,14 @@ def eval_config(
     return config | ({} if settings.endpoint else {"weights": _weights(settings.model)})
 
 def eval_folder(
-    settings: EvalSettings,
+    settings: EvalSettings,   # of `read_eval_settings`
 ) -> str:                   # run folder
     "Return where the evaluation is written: `out`, or a folder in runs/ that the same settings find again."
     name = "-".join(Path(str(part)).stem for part in (settings.model or "tiny", settings.tasks))
     return settings.out or str(Path("runs")/f"eval-{name}-{hashlib.blake2b(json.dumps(eval_config(settings), sort_keys=True, default=str).encode(), digest_size=4).hexdigest()}")
 
 def run_eval(
-    settings: EvalSettings,
+    settings: EvalSettings,   # of `read_eval_settings`
     begun: Callable = lambda path: None,   # called with the run folder when all checks have passed
 ) -> dict:                  # see `tirlab.eval.estimates.result_of`
     "Evaluate as settings say. Raises: ValueError or RunError, before anything is sampled, for what cannot work."
