@@ -223,7 +223,7 @@ def log_gap(
     total, tokens, most = trainer.accelerator.gather(torch.stack([gap.sum(), mask.sum(), gap.max() if len(gap) else gap.sum()])[None]).unbind(1)
     if not tokens.sum(): return
     mean = (total.sum() / tokens.sum()).item()
-    trainer.canary.heed(mean, trainer.model)
+    trainer.canary.check_batch(mean, trainer.model)
     for name, value in (("sync/gap_mean", mean), ("sync/gap_max", most.max().item())): trainer._metrics[split_of(trainer)][name].append(value)
 
 # %% ../../nbs/60_trainer/04_objective.ipynb #67f703cc

@@ -52,6 +52,7 @@ def _nothing_left_behind(folder):
         if not existed and os.path.isdir(folder) and not os.listdir(folder): os.rmdir(folder)
         raise
 
+# %% ../../nbs/60_trainer/06_trainer.ipynb #6b3eccd0
 class TIRTrainer(GRPOTrainer):
     "GRPOTrainer for multi-turn tool use. Raises: ValueError, in one sentence, for arguments, columns or tools that cannot work."
     _name = "TIR"
@@ -83,7 +84,7 @@ class TIRTrainer(GRPOTrainer):
             with calls_as_text(processing_class) if args.call_format else nullcontext():
                 super().__init__(model, rewards, args, train_dataset, eval_dataset, processing_class, tools=given, environment_factory=environment_factory, **kwargs)
             self._set_up(train_dataset, interventions, supervision or [])
-        if not isinstance(model, str): self._reset_reference()   # TRL loads it from the disk, which knows nothing of what came before
+        if not isinstance(model, str): self.reset_reference()   # TRL loads it from the disk, which knows nothing of what came before
 
 # %% ../../nbs/60_trainer/06_trainer.ipynb #c4e1d0aa
 @patch
@@ -130,7 +131,7 @@ def _check_rollouts(self: TIRTrainer, train_dataset):
     check_format(format, any(hasattr(e, "_reply") for e in environments))
 
 @patch
-def _reset_reference(self: TIRTrainer):
+def reset_reference(self: TIRTrainer):
     "Set the reference policy's weights to those of the policy as it is in memory."
     if self.ref_model is None or self.is_fsdp_enabled: return
     SyncRefModelCallback.sync_target_model(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model), 1.0)
