@@ -92,10 +92,10 @@ def test_extremes():
 WRONG = {
     "lows add up to more than 1": ([Clamp("<tool_call>", low=0.6), Clamp("<|im_end|>", "start", low=0.6)], "probability of 1.2"),
     "contradiction": ([Clamp("<tool_call>", low=0.6), Clamp("<tool_call>", "inside", high=0.1)], "contradict"),
-    "unknown token": ([Clamp("<no_such_thing>")], "'<no_such_thing>' is no token"),
+    "unknown token": ([Clamp("<no_such_thing>")], "'<no_such_thing>'"),
     "split token": ([Clamp("tool_call")], "makes 9 of it"),
     "the same token twice": ([Clamp("\n"), Clamp("Ċ")], "are the same token"),
-    "nothing": ([], "nothing to hold"),
+    "nothing": ([], "nothing to clamp"),
 }
 
 
@@ -138,7 +138,7 @@ def test_bounds_of_a_healthy_run():
     signals = {"probe/tool_call/turn_start_mean": 0.4, "probe/im_end/turn_start_mean": 0.1, "probe/im_end/forbidden_mean": 0.02, "probe/tool_call/forbidden_p90": 0.3}
     assert clamps_from(signals, ["<tool_call>", "<|im_end|>"]) == [Clamp("<tool_call>", "start", low=0.4), Clamp("<|im_end|>", "forbidden", high=0.02)]
     assert clamps_from(signals, ["<tool_call>"], statistic="p90") == [Clamp("<tool_call>", "forbidden", high=0.3)]
-    with pytest.raises(ValueError, match="say nothing of '</tool_call>'"): clamps_from(signals, ["</tool_call>"])
+    with pytest.raises(ValueError, match="'</tool_call>'"): clamps_from(signals, ["</tool_call>"])
 
 
 def test_random_clamps_hold_other_tokens_in_the_same_places():
@@ -149,7 +149,7 @@ def test_random_clamps_hold_other_tokens_in_the_same_places():
     assert torch.equal(ours.low, theirs.low) and torch.equal(ours.high, theirs.high) and not {*ours.tokens.values()} & {*theirs.tokens.values()}
     assert not {c.token for c in control} & {*TOKENIZER.get_added_vocab()} and places(like[0], "<|im_end|>") == ("start", "inside")
     assert {c.token for c in random_clamps(random.Random(1), TOKENIZER, like, among=["1", "2", "<tool_call>"])} == {"1", "2"}
-    with pytest.raises(ValueError, match="2 tokens cannot be drawn among 1"): random_clamps(random.Random(1), TOKENIZER, like, among=["1"])
+    with pytest.raises(ValueError, match="among 1"): random_clamps(random.Random(1), TOKENIZER, like, among=["1"])
 
 
 # In sampling
@@ -268,7 +268,7 @@ def test_a_head_that_scores_something_else():
     kernel = fused_head._ChunkedLogProbFunction
     model, (ids, mask, labels) = make("Qwen2 tied"), batch()
     def short(hidden, weight, bias, targets, *rest): return inner.apply(hidden[1:], weight, bias, targets[1:], *rest)
-    with pytest.raises(ValueError, match="scored 69 positions where the labels name"), clamped_loss(model, ABOUNDS, STATES):
+    with pytest.raises(ValueError, match="scored 69 positions"), clamped_loss(model, ABOUNDS, STATES):
         inner = fused_head._ChunkedLogProbFunction
         fused_head._ChunkedLogProbFunction = SimpleNamespace(apply=short)
         model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)

@@ -230,7 +230,7 @@ def test_adapters_on_the_backbone(options):
 
 def test_an_adapter_on_the_head_is_refused():
     _, wrapped = lora(target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ProbeError, match="head of Qwen2ForCausalLM carries an adapter.*take `lm_head` out of target_modules"), ControlProbe(TOKENS).watch(wrapped): pass
+    with pytest.raises(ProbeError, match="carries an adapter"), ControlProbe(TOKENS).watch(wrapped): pass
 
 
 def test_prompt_learning_is_refused():
@@ -241,7 +241,7 @@ def test_prompt_learning_is_refused():
 
 def test_compiled_models_are_refused():
     model = make("Qwen2 untied")
-    with pytest.raises(ProbeError, match="Qwen2ForCausalLM is compiled.*torch_compile"), ControlProbe(TOKENS).watch(torch.compile(model)): pass
+    with pytest.raises(ProbeError, match="compiled"), ControlProbe(TOKENS).watch(torch.compile(model)): pass
     model.compile()
     with pytest.raises(ProbeError, match="compiled"), ControlProbe(TOKENS).watch(model): pass
 
@@ -260,7 +260,7 @@ def test_heads_that_cannot_be_read(model, tokens, sentence):
     model = model or make("Qwen2 tied")
     with pytest.raises(ProbeError, match=sentence), ControlProbe(tokens).watch(model): pass
     probe = ControlProbe(tokens, strict=False)
-    with pytest.warns(UserWarning, match=f"{sentence}.*training goes on without it"), probe.watch(model): pass
+    with pytest.warns(UserWarning, match=sentence), probe.watch(model): pass
     with warnings.catch_warnings():   # once is enough
         warnings.simplefilter("error")
         with probe.watch(model): pass
@@ -271,14 +271,14 @@ def test_heads_that_cannot_be_read(model, tokens, sentence):
 def test_a_model_without_the_fused_head():
     model, probe, (ids, mask, labels) = make("Qwen2 tied"), ControlProbe(TOKENS), batch()
     with probe.watch(model): model(input_ids=ids, attention_mask=mask, labels=labels)
-    with pytest.raises(ProbeError, match="not run through TRL's fused head"): probe.read(torch.zeros(5, 9))
+    with pytest.raises(ProbeError, match="not run"): probe.read(torch.zeros(5, 9))
 
 
 def test_nan_logits_have_a_name_and_a_place():
     (ids, mask, labels), model = batch(), make("Qwen2 untied")
     with torch.no_grad(): model.get_output_embeddings().weight[100, 0] = torch.nan   # no control token, nobody's label
-    with pytest.raises(ProbeError, match="NaN at 35 positions, first in row 0 at completion token 0"): watched(model, ControlProbe(TOKENS), ids, mask, labels)
-    with pytest.warns(UserWarning, match="NaN.*training goes on"): assert watched(model, ControlProbe(TOKENS, strict=False), ids, mask, labels)[1].isnan().all()
+    with pytest.raises(ProbeError, match="NaN at 35 positions"): watched(model, ControlProbe(TOKENS), ids, mask, labels)
+    with pytest.warns(UserWarning, match="NaN"): assert watched(model, ControlProbe(TOKENS, strict=False), ids, mask, labels)[1].isnan().all()
 
 
 def test_labels_that_do_not_fit_are_refused_and_the_loss_goes_on():
@@ -300,7 +300,7 @@ def test_a_control_token_that_the_tokenizer_splits():
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy())
     assert single_tokens(control_ids(tokenizer)) == {"<tool_call>": 259, "</tool_call>": 260, "<|im_end|>": 258}
     found = control_ids(tokenizer) | {"</think>": tokenizer.encode("</think>")}
-    with pytest.raises(ProbeError, match="splits the control token '</think>' into 8"): single_tokens(found)
+    with pytest.raises(ProbeError, match="'</think>' into 8"): single_tokens(found)
     with pytest.warns(UserWarning, match="'</think>'.*not probed"): assert list(single_tokens(found, strict=False)) == ["<tool_call>", "</tool_call>", "<|im_end|>"]
 
 

@@ -47,8 +47,8 @@ def test_a_step_of_several_losses_has_the_signals_of_all(tmp_path):
 def test_where_it_cannot_be_had_training_says_so_and_goes_on(tmp_path, monkeypatch):
     "A tokenizer that splits a marker: an error, or a warning and the other markers."
     monkeypatch.setattr(ChatFormat, "control_ids", lambda self: {"<tool_call>": [27, 91], "<|im_end|>": [258]})
-    with pytest.raises(ValueError, match="splits the control token '<tool_call>' into 2"): trained(tmp_path / "on")
-    with pytest.warns(UserWarning, match="It is not probed"): t = trained(tmp_path / "warn", probe="warn")
+    with pytest.raises(ValueError, match="'<tool_call>' into 2"): trained(tmp_path / "on")
+    with pytest.warns(UserWarning, match="not probed"): t = trained(tmp_path / "warn", probe="warn")
     run = open_run(t.run_dir)
     assert run.status() == "finished" and run.meta()["probed_tokens"] == ["<|im_end|>"] and len(run.meta()["control_tokens"]) == 2
     assert {k.split("/")[1] for m in t.state.log_history for k in m if "turn_start" in k} == {"im_end"}
@@ -66,6 +66,6 @@ def test_a_nan_in_the_policy_is_named(tmp_path):
         batch = t._generate_and_score_completions([t.train_dataset[0]] * 8)
         with torch.no_grad(): t.model.lm_head.weight[t._tokenizer.convert_tokens_to_ids("<tool_call>")] = torch.nan
         if probe == "on":
-            with pytest.raises(ValueError, match="Logits are NaN at"): t._compute_loss(t.model, batch)
+            with pytest.raises(ValueError, match="NaN"): t._compute_loss(t.model, batch)
         else:
-            with pytest.warns(UserWarning, match="Logits are NaN.*The probe is off"): t._compute_loss(t.model, batch)
+            with pytest.warns(UserWarning, match="NaN"): t._compute_loss(t.model, batch)

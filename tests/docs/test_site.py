@@ -1,5 +1,6 @@
 """The documentation: its pages can be made, its examples run, and a broken link is found."""
 import importlib.util
+import json
 import re
 import sys
 import types
@@ -32,6 +33,20 @@ def test_examples_run(page, tmp_path, monkeypatch):
     place = types.ModuleType("example")
     monkeypatch.setitem(sys.modules, "example", place)
     for code in examples(page): exec(compile(code, str(page), "exec"), vars(place))
+
+
+def prose(path):
+    "The Markdown of a page or of a notebook, without code."
+    text = path.read_text()
+    if path.suffix == ".ipynb": text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("nbs/**/*.ipynb")), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page):
+    "What `make docs` finds as well, without building the site. API pages are made."
+    targets = [t for t in re.findall(r"\]\(([^)#\s]+)", prose(page)) if not re.match(r"[a-z]+:|api/", t)]
+    assert not [t for t in targets if not (page.parent / t).exists()]
 
 
 # Pages that are made

@@ -251,7 +251,7 @@ def bench_app(
     steps: int = 200,        # of the run
     big: tuple = (1000, 512),   # steps and trajectories of the big one
 ) -> dict:                   # milliseconds, megabytes of the server, and how busy the machine was before
-    "What a reader of the app waits for. Raises: RunError without a browser."
+    "Measure what a reader of the app waits for. Raises: RunError without a browser."
     figures = dict(repeats=repeats, steps=steps, n=n, tokens=600, big_trajectories=big[0] * big[1], load=os.getloadavg()[0])
     with tempfile.TemporaryDirectory() as folder, browser_page() as page:
         folder = Path(folder)

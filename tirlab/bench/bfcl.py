@@ -83,7 +83,7 @@ def replay(
 def bench_bfcl(
     n: int = 800,    # tasks
 ) -> dict:           # counts, and the seconds that replaying and scoring the ground truth took
-    "Ground truth in three call formats, one spoilt call a task, and every task beside itself, against bfcl-eval's checker."
+    "Score ground truth in three call formats, and tasks with one spoilt call, and compare with bfcl-eval's checker."
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 2**20
     rows = [dict(r) for r in bfcl_tasks("all", "all")]

@@ -127,7 +127,7 @@ def bench_probe(
     repeats: int = 5,     # rounds; sixteen times as many where steps are short, that is, of the tiny policy or on an accelerator
     shape: str = "tiny",  # of the policy: "tiny" or "0.5b"
 ) -> dict:                # ratios with the probe / without, full logits / probe, and what they come from
-    "Six control tokens watched in a training step, against the same step without, and against all logits at a vocabulary of 151,936."
+    "Compare a training step in which six control tokens are watched with one without, and the probe with all logits at a vocabulary of 151,936."
     model = shaped_model(shape).train()
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
     batch, device = probe_batch(model, shape), model.device

@@ -107,10 +107,10 @@ def time_rollouts(
 def bench_rollout(
     n: int = 64,              # trajectories in a batch
     repeats: int = 5,         # pairs of batches; the median is reported
-    schedule: str = "eager",  # of ours, where tools take time; with 0 ms it is "turn", since nobody has anything to wait for
+    schedule: str = "eager",  # of ours, where tools take time; with 0 ms it is "turn", since no tool takes time
     engine: str = "generate", # of ours
 ) -> dict:                    # ratios ours / TRL's, and what they come from
-    "Rollouts against TRL's tool loop under three tool latencies. With 0 ms eight times as many pairs: a batch lasts as long as its longest turn, which is luck."
+    "Compare rollouts with TRL's tool loop under three tool latencies. With 0 ms eight times as many pairs: a batch lasts as long as its longest turn, which is luck."
     figures = dict(n=n, repeats=repeats, schedule=schedule, schedule_0ms="turn", engine=engine, threads=torch.get_num_threads())
     bar = tqdm(total=10 * repeats, desc="bench rollout", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +131,7 @@ def bench_rollout(
 def bench_advantage(
     repeats: int = 5,   # pairs of steps, times four; the median is reported
 ) -> dict:              # gtpo_step_over_grpo, vectorised_ms
-    "GTPO's advantages: a training step over GRPO's, and 512 trajectories of 4,096 tokens and 10 turns on one core."
+    "Measure GTPO's advantages: a training step over GRPO's, and 512 trajectories of 4,096 tokens and 10 turns on one core."
     rewards, turn_of_token = torch.rand(512, 10), (torch.arange(4096) // 410).expand(512, -1).contiguous()
     def clock(run):
         start = time.perf_counter()
@@ -173,18 +173,18 @@ def converse(
     tokens: int,        # of the longest turn; the others' limits lie evenly between an eighth of it and it
     turns: int = 3,     # of each conversation
 ) -> tuple[int, float]: # tokens sampled, seconds
-    "Conversations in which every answer is followed by the next question; nobody waits for another."
+    "Run conversations in which every answer is followed by the next question; none waits for another."
     async def one(i, ids):
-        said = 0
+        written = 0
         for turn in range(turns):
             most = tokens // 8 + (i * 7 + turn * 3) % 8 * tokens // 9
             out = await engine.generate(ids, Sampling(most, seed=noise_seed("bench", i, turn)))
-            ids, said = ids + out.ids + prompts[i], said + len(out.ids)
-        return said
+            ids, written = ids + out.ids + prompts[i], written + len(out.ids)
+        return written
     async def everyone(): return sum(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
     start = time.perf_counter()
-    with engine.ready(): said = run_async(everyone)
-    return said, time.perf_counter() - start
+    with engine.ready(): written = run_async(everyone)
+    return written, time.perf_counter() - start
 
 # %% ../../nbs/80_bench/00_rollout.ipynb #13a6e4af
 def bench_engines(
@@ -193,7 +193,7 @@ def bench_engines(
     shape: str = "tiny",    # of the policy: "tiny" or "0.5b"
     tokens: int = 64,       # of the longest turn
 ) -> dict:                  # ratio continuous / static, and what it comes from
-    "Continuous batching against transformers' `generate`, on the same policy and conversations."
+    "Compare continuous batching with transformers' `generate`, on the same policy and conversations."
     model, tok = shaped_model(shape), AutoTokenizer.from_pretrained(tiny_policy())
     prompts = [tok.encode(f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n") for row in make_tasks("arithmetic", n=n)]
     static, continuous, pairs = GenerateEngine(model, tok), ContinuousEngine(model, tok), []

@@ -71,7 +71,7 @@ def bench_sandbox(
     repeats: int = 5,         # pairs of measurements; the median is reported
     executions: int = 20_000, # for what is left behind
 ) -> dict:                    # ratios, and what they come from
-    "The fork server against cold interpreters, locks against none, a thousand sleepers, and what twenty thousand executions leave behind."
+    "Compare the fork server with cold interpreters, and locks with none; measure a thousand sleepers, and what twenty thousand executions leave behind."
     cores = len(os.sched_getaffinity(0))
     level = isolation_level()
     unlocked = lambda code: run_python(code, isolation="process")

@@ -136,7 +136,7 @@ def bench_trace(
     shape: str = "tiny",  # of the policy: "tiny" or "0.5b"
     tokens: int = 1000,   # of each trajectory
 ) -> dict:                # ratio recorded / plain, what a step's record costs, and its size
-    "Training steps that are recorded against the same that are not, with rollouts that cost nothing."
+    "Compare training steps that are recorded with the same that are not; rollouts cost nothing."
     rounds = [[False, True, False]] * (3 * repeats)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trace_trainer(shape, n, tokens, 3 * len(rounds) + 1, folder)

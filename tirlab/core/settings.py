@@ -7,12 +7,12 @@ __all__ = ['SettingError', 'read_settings', 'nearest', 'field_types', 'read_valu
            'settings_text', 'check_model', 'template_text']
 
 # %% ../../nbs/00_core/09_settings.ipynb #921e81cb
-import difflib, json, math, os
+import difflib, json, os
 from dataclasses import MISSING, field, fields
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Callable, Collection, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Collection, Literal, Union, get_args, get_origin, get_type_hints
 
 # %% ../../nbs/00_core/09_settings.ipynb #68516e4e
 import yaml
@@ -60,9 +60,13 @@ def read_settings(
         if not value.strip() and (key in known or key == "config") and key not in may_be_empty:
             raise SettingError(f"{key}= has no value; leave it out, or write {key}=null for none.", key, value)
     settings = (_read_yaml(typed.pop("config")) if "config" in typed else {}) | typed
-    for key, value in settings.items():
-        if key not in known: raise SettingError(f"Unknown setting {key!r}; the nearest is {nearest(key, [k for k in (*known, 'config') if k != key])}.", key, value)
+    _check_known(settings, [*known, "config"] if "config" not in settings else known)
     return settings
+
+def _check_known(settings, known):
+    "Raise SettingError for a key that does not exist."
+    for key, value in settings.items():
+        if key not in known: raise SettingError(f"Unknown setting {key!r}; the nearest is {nearest(key, known)}.", key, value)
 
 def nearest(
     word: Any,                 # as typed
@@ -141,7 +145,8 @@ def read_values(
     settings: dict[str, Any],   # key -> text, or what YAML read
     types: dict[str, Any],      # key -> type, of `field_types`
 ) -> dict[str, Any]:            # key -> typed value
-    "Return settings with the types of their fields. Raises: SettingError for a value that has none."
+    "Return settings with the types of their fields. Raises: SettingError for a key that has none, and a value that is none."
+    _check_known(settings, types)
     return {key: read_value(key, value, types[key]) for key, value in settings.items()}
 
 # %% ../../nbs/00_core/09_settings.ipynb #3555cb14

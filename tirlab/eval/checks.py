@@ -42,7 +42,7 @@ def check_rows(
     k: int = 1,           # tries of each
     environments: dict | None = None,   # name -> an instance; None where there are none
 ) -> None:
-    "Raises: ValueError, in one sentence, where a row lacks a column that its reward cannot do without, or there is nothing to do."
+    "Check that rows have what their rewards compare with. Raises: ValueError where one does not, or there is nothing to do."
     if k < 1 or not len(dataset): raise ValueError(f"There is nothing to evaluate: {len(dataset)} tasks, k={k}; both must be at least 1.")
     check_rewards(dataset, list(reward_sources(reward, list((environments or {}).values())).values()), bool(environments))
 
@@ -50,7 +50,7 @@ def check_rows(
 def check_limits(
     limits: RolloutLimits,   # what a rollout may use
 ) -> None:
-    "Raises: ValueError, in one sentence, for limits that mean nothing."
+    "Check limits that are text. Raises: ValueError for those that mean nothing."
     for name in ("malformed", "void"):
         if getattr(limits, name) not in ("observe", "stop"): raise ValueError(f"{name}={getattr(limits, name)!r} is unknown; choose 'observe' or 'stop'.")
     try: re.compile(limits.answer_pattern or "")
@@ -60,13 +60,13 @@ def check_limits(
 def check_chat_template(
     template: str | None,   # Jinja, or None for the tokenizer's own
 ) -> None:
-    "Raises: ValueError, in one sentence, for a template that is no Jinja."
+    "Check a chat template. Raises: ValueError for one that is no Jinja."
     try: template is None or _compile_jinja_template(template)
     except TemplateError as e: raise ValueError(f"chat_template is no Jinja template: {' '.join(str(e).split())} (line {getattr(e, 'lineno', '?')}).") from None
 
 # %% ../../nbs/65_eval/07_checks.ipynb #eab71312
 def _tried(sampler, i, row, call_format):
-    "A row that was opened, and closed again. Raises: ValueError, in one sentence, where it cannot be."
+    "Open a row and close it again; return what was opened. Raises: ValueError where it cannot be opened."
     try:
         opened = sampler.open(row, call_format, i)
         getattr(opened.environment, "_close", lambda: None)()
@@ -77,7 +77,7 @@ def _tried(sampler, i, row, call_format):
     return opened
 
 def _firsts(dataset, factory):
-    "Number of the first row of each environment, by its name."
+    "Return the number of the first row of each environment, by its name."
     if not isinstance(factory, dict): return {None: 0}
     names = dataset["environment"] if "environment" in dataset.column_names else [None] * len(dataset)
     for i, name in enumerate(names):
@@ -92,7 +92,7 @@ def check_cells(
     weights: list[float] | None = None,   # of the functions
     k: int = 1,                # tries of each row
 ) -> tuple[Sampler, list[Opened]]:   # sampler with the limits that training would set; the rows that were opened and closed
-    "Check an evaluation before anything is sampled. Raises: ValueError, in one sentence, for what cannot work."
+    "Check an evaluation before anything is sampled. Raises: ValueError for what cannot work."
     factory, found, tools = sampler.environment_factory, [], bool(sampler.tools)
     for dataset, _ in cells.values(): check_environment(factory, getattr(dataset, "column_names", None))
     check_weights(reward, weights)

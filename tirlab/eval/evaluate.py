@@ -34,8 +34,8 @@ class Evaluation:
     rewards: list[float | None]      # the same; None where no reward function gave a number
     k: int = 1                       # tries of each row
     by_function: dict[str, list[float | None]] = field(default_factory=dict)   # name of a reward function -> what it gave each try
-    metrics: dict[str, float] = field(default_factory=dict)                    # mean of what rewards told `log_metric`
-    extra: dict[str, list] = field(default_factory=dict)                       # column -> a value a try, of what they told `log_extra`
+    metrics: dict[str, float] = field(default_factory=dict)                    # mean of what rewards passed to `log_metric`
+    extra: dict[str, list] = field(default_factory=dict)                       # column -> a value a try, of what they passed to `log_extra`
 
     def __post_init__(self):
         object.__setattr__(self, "rewards", [None if r is None or math.isnan(r) else r for r in self.rewards])
@@ -64,7 +64,7 @@ class Failures:
     def add(self,
         trajectories: list[Trajectory],   # some that are done
     ) -> None:
-        "Count some more."
+        "Count the failures of more rollouts."
         failed, results = [t for t in trajectories if t.stop is StopReason.FAILED], [r for t in trajectories for r in t.results]
         ran = [r for r in results if r.error not in (ToolError.MALFORMED, ToolError.UNKNOWN)]
         broken = [r for r in ran if r.error or wrong_thread(r.content)]
@@ -83,7 +83,7 @@ class Failures:
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #aa340388
 def _sampler(model, tokenizer, environment_factory, tools, limits, engine, schedule, chat_template, template_kwargs, **others):
-    "The sampler that arguments of `evaluate` describe, and its schedule."
+    "Return the sampler that arguments of `evaluate` describe, and its schedule."
     schedule = schedule_of(engine, schedule)
     for name, value in (("model", model), ("tokenizer", tokenizer)):
         if isinstance(value, (str, Path)): raise ValueError(f"{name} is the text {str(value)!r}; load it first, e.g. {'AutoModelForCausalLM' if name == 'model' else 'AutoTokenizer'}.from_pretrained({str(value)!r}).")
@@ -96,7 +96,7 @@ def _sampler(model, tokenizer, environment_factory, tools, limits, engine, sched
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #2b822d59
 def _evaluation(trajectories, scores, k):
-    "One result of the scores of all batches."
+    "Return the scores of all batches as one result."
     put = lambda name, part: [v for s in scores for v in getattr(s, part).get(name, [None] * len(s.rewards))]
     names = lambda part: dict.fromkeys(name for s in scores for name in getattr(s, part))
     logged = {name: [v for s in scores for v in s.metrics.get(name, [])] for name in names("metrics")}
@@ -128,14 +128,14 @@ def evaluate(
     batch_size: int = 128,           # rollouts at once
     call_format: str | None = None,  # how calls are written: None for the chat template's own way, or "json", "xml", "fenced", "list"
     engine: Any = None,              # samples turns: an engine or an `Endpoint`; None for transformers' `generate`
-    schedule: str = "auto",          # "turn": reproducible; "eager": nobody waits; "auto": turn, unless the engine needs the other
+    schedule: str = "auto",          # "turn": reproducible; "eager": no rollout waits for another; "auto": turn, unless the engine needs the other
     k: int = 1,                      # tries of each row
     chat_template: str | None = None,       # Jinja template in place of the tokenizer's
     template_kwargs: dict | None = None,    # further variables for the template, TRL's chat_template_kwargs
     reward_weights: list[float] | None = None,   # of the reward functions; None for 1
     trainer_state: Any = None,       # for rewards that read it; None for that of a finished run
 ) -> Evaluation:
-    """Roll out every row k times and score it; same seed, same result on a CPU. The global random generator is not used. Raises: ValueError, in one sentence and before anything
+    """Roll out every row k times and score it; same seed, same result on a CPU. The global random generator is not used. Raises: ValueError, before anything
     is sampled, for what cannot work."""
     dataset, done, scores, failures = as_rows(dataset), [], [], Failures()
     sampler, schedule = _sampler(model, tokenizer, environment_factory, tools, limits, engine, schedule, chat_template, template_kwargs)

@@ -58,6 +58,7 @@ def owned_rewards(
         return later if inspect.iscoroutinefunction(kind.get_reward) else now
     return {kind.__name__: asking(kind) for kind in kinds}
 
+# %% ../../nbs/65_eval/06_rewards.ipynb #a7204486
 def reward_sources(
     reward: Any,                # TRL reward function, a list of them, or None
     environments: list = (),    # instances of the environments
@@ -71,7 +72,7 @@ def reward_sources(
         found[name] = f
     return found
 
-
+# %% ../../nbs/65_eval/06_rewards.ipynb #324cf3ab
 def check_weights(
     reward: Any,                   # TRL reward function, a list of them, or None
     weights: list[float] | None,   # one for each, or None

@@ -47,7 +47,7 @@ class Sampler:
         call_format: str | None = None,   # how calls are written
         number: int | None = None,        # of the row, for messages
     ) -> Opened:
-        "Return a row as a rollout needs it, in an environment of its own. Raises: ValueError, in one sentence, where it cannot be opened."
+        "Return a row as a rollout needs it, in an environment of its own. Raises: ValueError where it cannot be opened."
         messages, named, owner, reset = open_environment(row, self.environment_factory, self.tools, number)
         if isinstance(self.engine, Endpoint):
             line = self.engine.line(self.limits.completion_tokens)

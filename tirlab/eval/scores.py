@@ -27,12 +27,12 @@ from ..traces.run import Run, RunError
 # %% ../../nbs/65_eval/04_scores.ipynb #2bdfb347
 def batches(
     lengths: list[int],   # of sequences, in tokens
-    room: int,            # tokens of a batch with its padding
+    limit: int,            # tokens of a batch with its padding
 ) -> Iterator[list[int]]: # numbers of the sequences in each batch
-    "Sequences of like length together; one that is longer than the room goes alone."
+    "Yield sequences of like length together; one that is longer than the limit goes alone."
     batch = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and lengths[i] * (len(batch) + 1) > room: yield batch; batch = []
+        if batch and lengths[i] * (len(batch) + 1) > limit: yield batch; batch = []
         batch.append(i)
     if batch: yield batch
 
@@ -44,7 +44,7 @@ def token_logprobs(
     completions: list[list[int]],  # B completions
     masks: list,                   # B times (T,) 1 where the model wrote the token
 ) -> list[np.ndarray]:             # B times (T,) float32 log-probability, nats; NaN where the mask is 0
-    "Log-probability of every token of completions, in one batch."
+    "Return the log-probability of every token of completions, in one batch."
     width = max(len(p) + len(c) for p, c in zip(prompts, completions))
     ids, seen, labels = (torch.full((len(prompts), width), fill) for fill in (0, 0, -100))
     for i, (p, c, m) in enumerate(zip(prompts, completions, masks)):
@@ -63,7 +63,7 @@ def check_tokens(
     tokenizer: Any,    # of the checkpoint; None if it has none
     name: str,         # of the checkpoint, for the message
 ) -> None:
-    "Raises: RunError if a checkpoint does not know a run's tokens, or has others in their places."
+    "Check that a checkpoint has the run's tokens, in their places. Raises: RunError."
     known = model.get_input_embeddings().num_embeddings
     flat = lambda column: table[column].combine_chunks().flatten()
     if any(len(x := flat(c)) and int(np.min(x)) < 0 for c in ("ids", "prompt_ids")):
@@ -76,7 +76,7 @@ def check_tokens(
 
 # %% ../../nbs/65_eval/04_scores.ipynb #c8972b4c
 def _load(path: str):
-    "A checkpoint with TRL's head, and its tokenizer if it has one."
+    "Return a checkpoint with TRL's head, and its tokenizer if it has one."
     gpu = torch.accelerator.is_available()
     try: model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if gpu else torch.float32)
     except (OSError, ValueError) as e: raise RunError(f"{path} cannot be loaded as a model ({str(e).splitlines()[0]}): give a checkpoint folder or a name.") from None
@@ -84,11 +84,11 @@ def _load(path: str):
     except (OSError, ValueError, TypeError, KeyError): tokenizer = None
     return model.to(torch.accelerator.current_accelerator() if gpu else "cpu").eval(), tokenizer
 
-def _score_file(model, table: pa.Table, room: int, bar) -> list[np.ndarray]:
-    "Log-probabilities of all rows of a token file."
+def _score_file(model, table: pa.Table, limit: int, bar) -> list[np.ndarray]:
+    "Return the log-probabilities of all rows of a token file."
     prompts, completions, masks = (table[c].to_pylist() for c in ("prompt_ids", "ids", "mask"))
     found = [np.full(len(c), np.nan) for c in completions]
-    for some in batches([len(p) + len(c) for p, c in zip(prompts, completions)], room):
+    for some in batches([len(p) + len(c) for p, c in zip(prompts, completions)], limit):
         for i, x in zip(some, token_logprobs(model, *([column[i] for i in some] for column in (prompts, completions, masks)))): found[i] = x
         bar.update(len(some))
     return found
@@ -98,9 +98,9 @@ def score_run(
     run: Run,                  # an open run
     model: str,                # checkpoint: folder or name
     name: str | None = None,   # of the scores; the checkpoint's last part if None
-    room: int = 8192,          # tokens of a batch with its padding
+    limit: int = 8192,          # tokens of a batch with its padding
 ) -> Path:                     # folder of the scores
-    "Score every trajectory of a run by another checkpoint. Raises: RunError, in one sentence, if it cannot."
+    "Score every trajectory of a run by another checkpoint. Raises: RunError if it cannot."
     model = str(Path(model).resolve()) if Path(model).exists() else model
     name, index = name or Path(model).name, run.index()
     if index.empty: raise RunError(f"{run.path} has no trajectories to score yet.")
@@ -111,11 +111,11 @@ def score_run(
     info = {"model": model, "temperature": temperature, "started": before.get("started", time.time()), "finished": None}
     checkpoint, tokenizer = _load(model)
     add_fused_lm_head(checkpoint, temperature)
-    _score_files(run, index, folder, info, checkpoint, tokenizer, room)
+    _score_files(run, index, folder, info, checkpoint, tokenizer, limit)
     return folder
 
-def _score_files(run, index, folder, info, checkpoint, tokenizer, room):
-    "Score what is not scored yet, a file at a time, and say how far it is."
+def _score_files(run, index, folder, info, checkpoint, tokenizer, limit):
+    "Score the files that have no scores yet, one at a time, and write how many are done."
     sizes, scored, lost = index.groupby("file").size(), 0, []
     tell = lambda **more: write_atomic(folder/"scores.json", json.dumps(info | dict(files=len(sizes), scored=scored, unreadable=lost) | more, indent=1).encode())
     with tqdm(total=len(index), desc=f"score by {folder.name}", unit="trajectory") as bar:
@@ -125,7 +125,7 @@ def _score_files(run, index, folder, info, checkpoint, tokenizer, room):
             try: table = pq.read_table(run.path/"tokens"/target.name, columns=["id", "prompt_ids", "ids", "text", "mask"])
             except (OSError, pa.ArrowException): lost.append(target.name); continue
             check_tokens(table, checkpoint, tokenizer, info["model"])
-            logprobs = _score_file(checkpoint, table, room, bar)
+            logprobs = _score_file(checkpoint, table, limit, bar)
             folder.mkdir(parents=True, exist_ok=True)
             write_scored(target, table["id"].to_pylist(), logprobs)
             scored += int(n)

@@ -26,7 +26,7 @@ from ..traces.run import check_folder
 from ..trainer.trainer import TIRTrainer
 
 # %% ../../nbs/70_recipes/01_demo.ipynb #cd2dee0b
-def _said(message):
+def _lines(message):
     calls = [c.get("function", c) for c in message.get("tool_calls") or []]
     given = lambda a: ", ".join(f"{k}={v!r}" for k, v in a.items()) if isinstance(a, dict) else repr(a)
     return [message["content"]] * bool(message["content"] or not calls) + [f"{f['name']}({given(f['arguments'])})" for f in calls]
@@ -34,8 +34,8 @@ def _said(message):
 def transcript(
     messages: list[dict],   # a conversation: prompt and completion
 ) -> str:                   # one line a message or call
-    "A conversation as readable text."
-    return "\n".join(f"{m['role']:>10}  {line}" for m in messages for line in _said(m))
+    "Return a conversation as readable text."
+    return "\n".join(f"{m['role']:>10}  {line}" for m in messages for line in _lines(m))
 
 # %% ../../nbs/70_recipes/01_demo.ipynb #f62a6070
 class RewardBar(TrainerCallback):
@@ -64,9 +64,9 @@ def demo(
     seed: int = 0,               # of tasks, sampling and training; same seed, same figures on a CPU
     run_dir: str | None = None,  # run folder to write; None makes a new one in runs/
     held_out: int = 256,         # tasks to measure success on
-    say: Callable = print,       # where progress is told
+    say: Callable = print,       # prints progress
 ) -> dict:                       # success_before, success_after, seconds (of training), rollouts_per_second, run_dir; and what they come from
-    "Train the tiny policy on arithmetic with a Python tool, on a CPU. Raises: ValueError or RunError, in one sentence, for bad arguments."
+    "Train the tiny policy on arithmetic with a Python tool, on a CPU. Raises: ValueError or RunError for bad arguments."
     if steps < 1: raise ValueError(f"steps={steps} trains nothing; give at least 1.")
     run_dir = run_dir or str(Path("runs")/time.strftime("demo-%Y%m%d-%H%M%S"))
     check_folder(run_dir)
@@ -74,7 +74,7 @@ def demo(
                      num_generations=8, max_completion_length=192, learning_rate=1e-3, lr_scheduler_type="linear", warmup_steps=2,
                      save_strategy="no", disable_tqdm=True)
     trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("arithmetic", "train", 8 * min(steps, 100), seed), environment_factory=PythonEnvironment)
-    Path(run_dir).mkdir(parents=True, exist_ok=True)   # what cannot be written is said before anything is sampled
+    Path(run_dir).mkdir(parents=True, exist_ok=True)   # a folder that cannot be written fails before anything is sampled
     trainer.remove_callback(PrinterCallback)
     bar = RewardBar()
     trainer.add_callback(bar)

@@ -17,7 +17,6 @@ from transformers import PrinterCallback
 
 # %% ../../nbs/70_recipes/04_training.ipynb #6e0ca498
 from ..collapse.monitor import CollapseMonitor
-from ..config.tir_config import TIRConfig
 from ..core.settings import SettingError, check_model, read_value, template_text
 from ..core.tiny import tiny_policy
 from ..envs.tasks import ENVIRONMENTS, make_tasks

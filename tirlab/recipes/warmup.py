@@ -34,13 +34,13 @@ FORMATS = {"chat": 0.50, "fenced": 0.15, "xml": 0.15, "list": 0.15, "json": 0.05
 _DAMAGE = {"json": ("}}\n", "}\n"), "xml": ("</parameter>\n", ""), "fenced": ("\n```", "\n``"), "list": (")]", "]")}
 
 def _broken(call, rng, syntax="json"):
-    "A call whose syntax is damaged."
+    "Return a call whose syntax is damaged."
     text, markers = render_call(call, syntax), SYNTAXES[syntax].markers
     cut = rng.randint(len(text) // 4, len(text) * 3 // 4)
     return rng.choice([text.replace(*_DAMAGE[syntax]), text[:text.rindex(markers[-1])].rstrip(), text[:cut], markers[0].strip()])
 
 def _slip(call, rng):
-    "A call with one digit wrong."
+    "Return a call with one digit wrong."
     key, value = rng.choice([(k, v) for k, v in call.arguments.items() if any(c.isdigit() for c in str(v))])
     at = rng.choice([i for i, c in enumerate(str(value)) if c.isdigit()])
     new = str(value)[:at] + rng.choice("123456789") + str(value)[at + 1:]
@@ -53,7 +53,7 @@ def script(
     rng: random.Random,     # source of randomness
     syntax: str = "json",   # how calls are written
 ):                          # generator: yields turns as text, is sent the last tool result
-    "Turns of one demonstration."
+    "Yield the turns of one demonstration."
     calls, told, guess = [c for turn in truth(row)[0] for c in turn], "", str(rng.randint(10, 999))
     write = lambda call: render_call(call, syntax)
     if flaw == "guess": yield guess; return
@@ -72,7 +72,7 @@ def script(
 
 # %% ../../nbs/70_recipes/02_warmup.ipynb #c3ac428a
 async def _demonstrate(row, tokenizer, rng, slots, flaws, formats):
-    "One demonstration as a trajectory; a clean one where a flaw would give away a held-out pair."
+    "Return one demonstration as a trajectory; a clean one where a flaw would give away a held-out pair."
     environment = ENVIRONMENTS[row["environment"]]()
     name = rng.choices([*formats], [*formats.values()])[0]
     format = make_format(name, tokenizer, list(environment_tools(environment).values()))
@@ -104,7 +104,7 @@ def copying(
     tokenizer: Any,     # of the policy to be taught
     seed: int = 0,      # of the words
 ) -> list[Trajectory]:
-    "Conversations in which the assistant repeats a random word of 2 to 10 characters."
+    "Return conversations in which the assistant repeats a random word of 2 to 10 characters."
     rng, format, out = random.Random(f"copy/{seed}"), ChatFormat(tokenizer), []
     for _ in range(n):
         word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=rng.randint(2, 10)))
@@ -114,7 +114,7 @@ def copying(
 
 # %% ../../nbs/70_recipes/02_warmup.ipynb #0133a607
 def _batches(data, steps, size, rng):
-    "Batches of similar length, shuffled, without end."
+    "Yield batches of similar length, shuffled."
     order = []
     for step in range(steps):
         if step % 16 == 0:
@@ -134,7 +134,7 @@ def warm_up(
     by_token: bool = True,             # divide a batch's loss by its own tokens; else by those of an average batch
     pad: int = 0,                      # any token; padding is masked
 ) -> list[float]:                      # loss of each step, nats a token
-    "Next-token training on the tokens the model is to write."
+    "Train on the next token, of those that the model is to write."
     data = [(t.prompt_ids + t.completion_ids, [0] * len(t.prompt_ids) + t.mask) for t in demos]
     written = sum(sum(mask) for _, mask in data) / len(data) * batch_size   # tokens to learn in an average batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
