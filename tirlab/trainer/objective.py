@@ -40,9 +40,8 @@ def within_bounds(
     states: Tensor | None,   # (B, T) of the completions, see `turn_states`; None without interventions
 ) -> ContextManager:
     "Score tokens within the bounds that the batch was sampled under."
-    bounds = trainer.batch.bounds
-    if states is None or not bounds or trainer.args.intervene == "sampling": return nullcontext()
-    return clamped_loss(model, bounds, states)
+    if states is None or trainer.args.intervene == "sampling": return nullcontext()
+    return clamped_loss(model, trainer.batch.bounds, states)
 
 def score_tokens(
     trainer: Any,   # TIRTrainer

@@ -115,9 +115,9 @@ def _set_up(self: TIRTrainer, train_dataset, interventions, supervision):
     for callback in (SkipEmptySteps(self), EmptySteps(self), OneHistory(self), *[ForgetMoments(self)] * bool(args.reset_optimizer_steps)): self.add_callback(callback)
 
 @patch(as_prop=True)
-def batch(self: TIRTrainer) -> Batch:
-    "The current batch: of training, or of evaluation while the model is in evaluation mode."
-    return self.batches[split_of(self)]
+def batch(self: TIRTrainer) -> Batch | None:
+    "The current batch: of training, or of evaluation while the model is in evaluation mode; None before the first."
+    return self.batches.get(split_of(self))
 
 # %% ../../nbs/60_trainer/06_trainer.ipynb #31f502dd
 @patch
@@ -227,7 +227,7 @@ def _compute_loss(self: TIRTrainer, model, inputs):
 def _get_per_token_logps_and_entropies(self: TIRTrainer, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
     "Return the loss's forward pass where it is done; else TRL's, within the batch's bounds: for old and reference log-probabilities."
     if self._forward is not None: return self._forward
-    states = turn_states(self.batch.trajectories, logits_to_keep, self.batch.bounds) if self.batch.bounds else None
+    states = turn_states(self.batch.trajectories, logits_to_keep, self.batch.bounds) if self.batch and self.batch.bounds else None
     with within_bounds(self, model, states):
         return super(TIRTrainer, self)._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
