@@ -32,11 +32,11 @@ def main(folder, where=None):
         made = tirlab.trainer.interleave.SFTTrainer
         tirlab.trainer.interleave.SFTTrainer = lambda callbacks=None, **kwargs: made(callbacks=[*(callbacks or []), Kill(*places[where])], **kwargs)
     if where == "between":
-        stored = tirlab.trainer.interleave._store
+        stored = tirlab.trainer.interleave.store_phase
         def store(trainer, folder, optimizer):
             stored(trainer, folder, optimizer)
             if folder.name == "phase-01-sft": os.kill(os.getpid(), signal.SIGKILL)
-        tirlab.trainer.interleave._store = store
+        tirlab.trainer.interleave.store_phase = store
     plan = Interleave([2, 3, 2], [ErroneousTrajectories("any")], sft=dict(learning_rate=1e-4, per_device_train_batch_size=2))
     plan.train(trainer, resume=True)
     trainer.accelerator.wait_for_everyone()   # gloo aborts a process whose partner has gone first

@@ -407,7 +407,7 @@ def test_eager_training_gives_the_same_trajectories(tmp_path):
 def test_processes_that_sample_together_stay_in_step():
     "Two processes with unequal numbers of turns, TRL's sampler a collective: whoever is done keeps up, and both end."
     import threading
-    from tirlab.trainer.engine_setup import keep_up, trl_engine
+    from tirlab.trainer.engine_setup import join_sampling, trl_engine
     barrier, calls, shared = threading.Barrier(2, timeout=20), [0, 0], [None, None]
     def process(rank, turns):
         def gather(mine):
@@ -424,7 +424,7 @@ def test_processes_that_sample_together_stay_in_step():
             for _ in range(turns):
                 assert (await engine.generate([1], Sampling())).stop == "end"
         asyncio.run(play())
-        keep_up(sample, [1], gather)
+        join_sampling(sample, [1], gather)
     threads = [threading.Thread(target=process, args=a, daemon=True) for a in ((0, 2), (1, 5))]
     [t.start() for t in threads]
     [t.join(30) for t in threads]

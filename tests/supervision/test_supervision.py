@@ -212,7 +212,7 @@ def test_answers_are_written_as_the_pattern_wants_them(tmp_path):
 
 def test_replay_as_an_argument(tmp_path):
     t = trainer(tmp_path, [Replay(size=3)], trace=False)
-    assert t.builder.replay.size == 3 and t.builder.collects
+    assert t.builder.replay.size == 3 and t.builder.selects
 
 
 def test_shown_and_told_go_together_with_batches_that_are_put_together(tmp_path):

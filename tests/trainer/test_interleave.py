@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from tirlab.all import (CollapseMonitor, DemonstrationSFT, Detectors, ErroneousTrajectories, Hints, Interleave, OnAlarm, Reflections, RejectionSampling, TIRConfig, TIRTrainer, answer_reward,
                         demonstrate, make_tasks, open_run, tiny_policy)
 from tirlab.collapse.monitor import Alarm
-from tirlab.trainer.interleave import bare_forward, cleared, last_checkpoint
+from tirlab.trainer.interleave import cleared
+from tirlab.trainer.phases import bare_forward, last_checkpoint
 from tirlab.supervision.reflections import rule_writer, short_prompt
 from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.core.tiny import tiny_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
-from tirlab.trainer.interleave import last_checkpoint
+from tirlab.trainer.phases import last_checkpoint
 from tirlab.recipes.training import train_recipe
 from tirlab.trainer.recording import rewind
 from tirlab.traces.run import RunWriter

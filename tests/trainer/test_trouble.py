@@ -109,22 +109,22 @@ def test_the_canary_asks_everyone_who_was_brought_weights():
         def fresh(self): return self.now
     true, engine, canary = float(torch.tensor(0.25).log()), Engine(), Canary(TIRConfig(temperature=1.0))
     engine.now = [Server(true), Server(true - 0.4)]
-    canary.ask(engine, [1, 2, 3], 1)
+    canary.sample(engine, [1, 2, 3], 1)
     with pytest.raises(EngineError, match="differ by up to 0.4"): canary.check(Model())
     engine.now = [Server(true)]
-    canary.ask(engine, [1, 2, 3], 1)
+    canary.sample(engine, [1, 2, 3], 1)
     assert canary.check(Model())["sync/canary_gap"] < 1e-6
     engine.now = []
-    canary.ask(engine, [1, 2, 3], 2)
+    canary.sample(engine, [1, 2, 3], 2)
     assert canary.check(Model()) == {}
 
 
 def test_where_nobody_can_be_asked_the_batch_is_the_canary(tmp_path):
     "Several processes that sample together: the gap of their rollouts stops the run, before the optimiser steps."
     t = trainer(tmp_path, trace=False)
-    t.canary = Canary(t.args, needed=False, blind=True)
+    t.canary = Canary(t.args, needed=False, collective=True)
     t.train()
-    before, t.canary, inner = [p.clone() for p in t.model.parameters()], Canary(t.args, needed=False, blind=True), t.engine._sample
+    before, t.canary, inner = [p.clone() for p in t.model.parameters()], Canary(t.args, needed=False, collective=True), t.engine._sample
     t.engine._sample = lambda prompts, samplings: [Sampled(s.ids, [p - 0.1 for p in s.logprobs], s.stop) for s in inner(prompts, samplings)]
     with pytest.raises(EngineError, match="0.1 nats a token from the trainer's"): t.train()
     assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters()))

@@ -27,7 +27,8 @@ from ..rollout.writers import EndpointWriter
 from ..supervision.lessons import ErroneousTrajectories, Reflections
 from ..supervision.reflections import analysis_prompt
 from ..trainer.effects import Effects, looked_at, without_effect
-from ..trainer.interleave import Interleave, OnAlarm, go_on, last_checkpoint
+from ..trainer.interleave import Interleave, OnAlarm
+from ..trainer.phases import last_checkpoint, resume_training
 from ..trainer.recording import free_folder, recording
 from ..trainer.trainer import TIRTrainer
 from ..traces.files import write_atomic
@@ -174,7 +175,7 @@ def train_recipe(
         if plan: plan.train(trainer, resume)
         elif not resume: trainer.train()
         else:
-            with recording(trainer, True, training=True): go_on(trainer, last_checkpoint(out, trainer))
+            with recording(trainer, True, training=True): resume_training(trainer, last_checkpoint(out, trainer))
     finally:
         bar.close()
         if trainer.is_world_process_zero() and effects.sentences(): print(*effects.sentences(), sep="\n")

@@ -27,7 +27,7 @@ from ..rollout.schedule import rollouts
 from ..supervision.in_batch import Hints, SupervisionPlan, add_hint, plan_supervision
 from ..core.trajectory import ToolError, Trajectory
 from .batch import Batch, finite_rewards
-from .engine_setup import gathered, keep_up, make_engine, sampling_of, trl_engine
+from .engine_setup import gathered, join_sampling, make_engine, sampling_of, trl_engine
 from .handover import completion_ids, completions_of, group_size, split_of
 from .inputs import draw_environments, formats_of, render, reset_columns, reset_rows, tools_of
 from .recording import step_on_record
@@ -120,13 +120,13 @@ def roll_out(
     renew = lambda i: reset_environment(environments[i], reset_columns(trainer, rows[i]), i)
     training = trainer.model.training
     with gathered(trainer), engine.ready(version):
-        trainer.canary.ask(engine, min(rendered, key=len), version)
+        trainer.canary.sample(engine, min(rendered, key=len), version)
         limits = rollout_limits(args, context_tokens(trainer, engine), bool(trainer.tools))
         plan = supervision_plan(trainer, rows, formats, limits, noise, first)
         made = rollouts(with_hints(trainer, rendered, prompts, formats, plan.hints), engine, tools, formats, limits, sampling=sampling_of(args), seed=noise,
                         first_row=first, schedule=trainer.schedule, workers=args.max_concurrent_tools, loop=getattr(trainer, "async_loop", None), clock=clock, owners=environments,
                         reset=renew if environments else None, engines=plan.engines)
-        if trainer.engine_name == "trl" and together: keep_up(trainer._generate_single_turn, rendered[0], together)
+        if trainer.engine_name == "trl" and together: join_sampling(trainer._generate_single_turn, rendered[0], together)
     if training and not trainer._checked and (warning := failing_tools(made)): warnings.warn(warning, stacklevel=2)
     return [as_learned(t, prompt, maker, plan.hints.get(i)) for i, (t, prompt, maker) in enumerate(zip(made, rendered, plan.sources))]
 

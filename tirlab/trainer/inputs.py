@@ -18,7 +18,7 @@ from trl.data_utils import is_conversational
 from ..core.formats import make_format
 from ..core.trajectory import without_nulls
 from ..envs.environments import check_environment, environment_tools, offered_tools
-from .guards import check_asked, naming_the_row
+from .guards import check_prompted, naming_the_row
 
 # %% ../../nbs/60_trainer/12_inputs.ipynb #a53db328
 def environment_name(
@@ -77,7 +77,7 @@ def reset_rows(
     for i, (environment, row) in enumerate(zip(environments, rows)):
         prompt = row.get("prompt", [{"role": "user", "content": ""}])
         with naming_the_row(environment, row, prompt, i): prompts.append(with_observation(prompt, environment.reset(**reset_columns(trainer, row))))
-    check_asked(rows, prompts)
+    check_prompted(rows, prompts)
     return prompts
 
 # %% ../../nbs/60_trainer/12_inputs.ipynb #e2498397

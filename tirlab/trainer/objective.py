@@ -40,9 +40,8 @@ def within_bounds(
     states: Tensor | None,   # (B, T) of the completions, see `turn_states`; None without interventions
 ) -> ContextManager:
     "Score tokens within the bounds that the batch was sampled under."
-    bounds = trainer.batch.bounds
-    if states is None or not bounds or trainer.args.intervene == "sampling": return nullcontext()
-    return clamped_loss(model, bounds, states)
+    if states is None or trainer.args.intervene == "sampling": return nullcontext()
+    return clamped_loss(model, trainer.batch.bounds, states)
 
 def score_tokens(
     trainer: Any,   # TIRTrainer
@@ -223,7 +222,7 @@ def log_gap(
     total, tokens, most = trainer.accelerator.gather(torch.stack([gap.sum(), mask.sum(), gap.max() if len(gap) else gap.sum()])[None]).unbind(1)
     if not tokens.sum(): return
     mean = (total.sum() / tokens.sum()).item()
-    trainer.canary.heed(mean, trainer.model)
+    trainer.canary.check_batch(mean, trainer.model)
     for name, value in (("sync/gap_mean", mean), ("sync/gap_max", most.max().item())): trainer._metrics[split_of(trainer)][name].append(value)
 
 # %% ../../nbs/60_trainer/04_objective.ipynb #67f703cc

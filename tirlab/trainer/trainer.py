@@ -52,6 +52,7 @@ def _nothing_left_behind(folder):
         if not existed and os.path.isdir(folder) and not os.listdir(folder): os.rmdir(folder)
         raise
 
+# %% ../../nbs/60_trainer/06_trainer.ipynb #6b3eccd0
 class TIRTrainer(GRPOTrainer):
     "GRPOTrainer for multi-turn tool use. Raises: ValueError, in one sentence, for arguments, columns or tools that cannot work."
     _name = "TIR"
@@ -83,7 +84,7 @@ class TIRTrainer(GRPOTrainer):
             with calls_as_text(processing_class) if args.call_format else nullcontext():
                 super().__init__(model, rewards, args, train_dataset, eval_dataset, processing_class, tools=given, environment_factory=environment_factory, **kwargs)
             self._set_up(train_dataset, interventions, supervision or [])
-        if not isinstance(model, str): self._reset_reference()   # TRL loads it from the disk, which knows nothing of what came before
+        if not isinstance(model, str): self.reset_reference()   # TRL loads it from the disk, which knows nothing of what came before
 
 # %% ../../nbs/60_trainer/06_trainer.ipynb #c4e1d0aa
 @patch
@@ -114,9 +115,9 @@ def _set_up(self: TIRTrainer, train_dataset, interventions, supervision):
     for callback in (SkipEmptySteps(self), EmptySteps(self), OneHistory(self), *[ForgetMoments(self)] * bool(args.reset_optimizer_steps)): self.add_callback(callback)
 
 @patch(as_prop=True)
-def batch(self: TIRTrainer) -> Batch:
-    "The current batch: of training, or of evaluation while the model is in evaluation mode."
-    return self.batches[split_of(self)]
+def batch(self: TIRTrainer) -> Batch | None:
+    "The current batch: of training, or of evaluation while the model is in evaluation mode; None before the first."
+    return self.batches.get(split_of(self))
 
 # %% ../../nbs/60_trainer/06_trainer.ipynb #31f502dd
 @patch
@@ -130,7 +131,7 @@ def _check_rollouts(self: TIRTrainer, train_dataset):
     check_format(format, any(hasattr(e, "_reply") for e in environments))
 
 @patch
-def _reset_reference(self: TIRTrainer):
+def reset_reference(self: TIRTrainer):
     "Set the reference policy's weights to those of the policy as it is in memory."
     if self.ref_model is None or self.is_fsdp_enabled: return
     SyncRefModelCallback.sync_target_model(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model), 1.0)
@@ -226,7 +227,7 @@ def _compute_loss(self: TIRTrainer, model, inputs):
 def _get_per_token_logps_and_entropies(self: TIRTrainer, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
     "Return the loss's forward pass where it is done; else TRL's, within the batch's bounds: for old and reference log-probabilities."
     if self._forward is not None: return self._forward
-    states = turn_states(self.batch.trajectories, logits_to_keep, self.batch.bounds) if self.batch.bounds else None
+    states = turn_states(self.batch.trajectories, logits_to_keep, self.batch.bounds) if self.batch and self.batch.bounds else None
     with within_bounds(self, model, states):
         return super(TIRTrainer, self)._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
 
