@@ -250,7 +250,7 @@ def check_format(
 def check_trainer(
     model: Any,                 # name, folder or model
     reward_funcs: Any,          # one or a list
-    args: TIRConfig,
+    args: TIRConfig,            # of the run
     train_dataset: Any,         # rows, a stream, or None
     eval_dataset: Any,          # the same, or several by name
     processing_class: Any,      # tokenizer

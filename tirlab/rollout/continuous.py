@@ -214,8 +214,7 @@ class ContinuousEngine:
     def ready(self,
         version: int = 0,   # of the policy's weights; cached prefixes are dropped in any case
     ):
-        """Put the model into evaluation mode, with paged attention, inside `with`.
-        Raises: RuntimeError where it is entered twice."""
+        "Put the model into evaluation mode, with paged attention, inside `with`. Raises: RuntimeError where it is entered twice."
         if self._open: raise RuntimeError("The engine is ready already.")
         attention, training = self._model.config._attn_implementation, self._model.training
         try:

@@ -76,7 +76,11 @@ def resume_training(
     finally: trainer.remove_callback(end)
 
 # %% ../../nbs/60_trainer/14_phases.ipynb #8f3d4544
-def store_phase(trainer, folder, optimizer):
+def store_phase(
+    trainer: Any,      # TIRTrainer
+    folder: Path,      # of the phase
+    optimizer: str,    # "kept": moments are stored too
+) -> None:
     "Write what the next phase needs: the weights that are trained, what is known of prompts, and moments where they are kept."
     if not trainer.is_world_process_zero(): return
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -84,18 +88,26 @@ def store_phase(trainer, folder, optimizer):
     write_atomic(folder/PROMPTS, json.dumps(trainer.builder.state_dict()).encode())
     if optimizer == "kept" and trainer.optimizer: torch.save(trainer.optimizer.state_dict(), folder/"moments.pt")
 
-def load_weights(trainer, folder):
+def load_weights(
+    trainer: Any,      # TIRTrainer
+    folder: Path,      # of the phase
+) -> None:
     "Load the weights saved after a phase."
     with torch.no_grad():
         own = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
         for name, value in torch.load(folder/"weights.pt", weights_only=True).items(): own[name].copy_(value)
 
 # %% ../../nbs/60_trainer/14_phases.ipynb #913b5c93
-def monitor_of(trainer):
+def monitor_of(
+    trainer: Any,      # TIRTrainer
+) -> CollapseMonitor | None:
     "Return the trainer's CollapseMonitor, if any."
     return next((c for c in trainer.callback_handler.callbacks if isinstance(c, CollapseMonitor)), None)
 
-def alarms_until(trainer, until):
+def alarms_until(
+    trainer: Any,      # TIRTrainer
+    until: int,        # last step that counts
+) -> dict[tuple[int, str], list]:   # (step, signal) -> culprits
     "Return the culprits of each alarm up to a step, by step and signal; remove later alarms, which will be raised again, from the record."
     file = Path(trainer.run_dir)/"alarms.jsonl"
     lines = [line for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
@@ -103,7 +115,11 @@ def alarms_until(trainer, until):
     if len(found) < len(lines) and trainer.is_world_process_zero(): write_atomic(file, "".join(json.dumps(a) + "\n" for a in found).encode())
     return {(a["step"], a["signal"]): a["culprits"] for a in found}
 
-def replay_metrics(trainer, after, until):
+def replay_metrics(
+    trainer: Any,      # TIRTrainer
+    after: int,        # last step before the round
+    until: int,        # last step that counts
+) -> list:             # alarms
     "Feed the monitor what was logged in a round of RL up to a step, and return the alarms."
     monitor = monitor_of(trainer)
     if monitor is None: return []
@@ -116,7 +132,11 @@ def replay_metrics(trainer, after, until):
 # %% ../../nbs/60_trainer/14_phases.ipynb #226551dc
 PHASES = "phases.json"   # in the trainer's output folder
 
-def restore_phases(trainer, out, done):
+def restore_phases(
+    trainer: Any,      # TIRTrainer
+    out: Path,         # the trainer's output folder
+    done: list[dict],  # phases that are done, in order
+) -> None:
     "Load the state after the phases that are done: weights, what is known of prompts, moments, and the monitor's statistics."
     folder = out/done[-1]["folder"]
     load_weights(trainer, folder)
@@ -127,6 +147,8 @@ def restore_phases(trainer, out, done):
     for p in done:
         if p["kind"] == "rl": replay_metrics(trainer, p["start"], p["reached"])
 
-def has_phases(out):
+def has_phases(
+    out: Path,         # an output folder
+) -> bool:
     "Return whether there are phases in a folder, done or not."
     return (out/PHASES).exists() or any(out.glob("phase-00-*"))
