@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 # %% ../../nbs/80_bench/03_trace.ipynb #0fe4526c
-from ..traces import recorder; from tirlab.traces import run as traces
+from ..traces import recorder, run as traces
+from ..trainer import trainer as training
 from .rollout import shaped_model
 from ..config.tir_config import TIRConfig
 from ..rollout.engines import Sampled, Sampling
@@ -91,7 +92,7 @@ class InTurn(TrainerCallback):
         self.on_step_begin(args, state, control)
 
 # %% ../../nbs/80_bench/03_trace.ipynb #81c5c8c8
-PARTS = {"open": (TIRTrainer, "_open_records"), "score": (Recorder, "score"), "rows": (recorder, "trace_row"), "parquet": (traces, "write_parquet"), "index": (traces, "index_line"),
+PARTS = {"open": (training, "open_records"), "score": (Recorder, "score"), "rows": (recorder, "trace_row"), "parquet": (traces, "write_parquet"), "index": (traces, "index_line"),
          "append": (RunWriter, "append_index"), "metrics": (RunWriter, "log"), "beat": (RunWriter, "beat")}
 
 @contextmanager
