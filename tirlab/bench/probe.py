@@ -43,7 +43,7 @@ def probe_step(
     batch: dict,                  # `probe_batch`
     probe: ControlProbe | None,   # None for the plain step
 ) -> None:
-    "One forward and backward pass of a policy gradient, and what the probe heard."
+    "One forward and backward pass of a policy gradient, and what the probe measured."
     completion = int((batch["labels"][0] != -100).sum())
     with probe.watch(model) if probe else nullcontext(): logp = model(**batch).log_probs[:, -completion:]
     if probe: probe.read(logp)

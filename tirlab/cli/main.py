@@ -230,7 +230,7 @@ def _sentence(error):
 
 def main(
     argv: list[str] | None = None,   # arguments; None takes the process's
-) -> int:                            # exit status: 0, 1 from doctor or where nobody reads on, 2 for bad input, 130 when interrupted
+) -> int:                            # exit status: 0, 1 from doctor or where the reader of the output is gone, 2 for bad input, 130 when interrupted
     "Run a command; bad input becomes one line."
     from tirlab.traces.run import RunError
     try:

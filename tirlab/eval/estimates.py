@@ -129,7 +129,7 @@ def summary(
     answers: list[list[str | None]] | None = None,           # of each item's tries; None leaves the vote out
     same: Callable[[str, str], bool] | None = None,          # see `majority_vote`
 ) -> dict[str, Estimate]:                                    # avg@n, pass@k, maj@n
-    "Return estimates over items; a try is right with a reward of at least 1. Items without a scored try are left out, and those with fewer than k from pass@k."
+    "Return estimates over items; a try is right with a reward of at least 1. Items without a scored try are dropped, and from pass@k those with fewer than k."
     tries = max((len(r) for r in rewards), default=0)
     rewards = [[None if x is None or np.isnan(x) else x for x in r] for r in rewards]
     known = [[x for x in r if x is not None] for r in rewards]

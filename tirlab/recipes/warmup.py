@@ -85,7 +85,7 @@ async def _demonstrate(row, tokenizer, rng, slots, flaws, formats):
 # %% ../../nbs/70_recipes/04_warmup.ipynb #b2032125
 def demonstrations(
     rows: list[dict],              # tasks
-    tokenizer: Any,                # of the policy to be taught
+    tokenizer: Any,                # of the policy to be trained
     flaws: dict[str, float] | None = None,     # flaw -> share of demonstrations; None for clean ones only
     seed: int = 0,                 # of flaws, formats and slips
     formats: dict[str, float] | None = None,   # call format -> share of demonstrations; None for the chat template's alone
@@ -101,7 +101,7 @@ def demonstrations(
 # %% ../../nbs/70_recipes/04_warmup.ipynb #4e732ade
 def copying(
     n: int,             # conversations
-    tokenizer: Any,     # of the policy to be taught
+    tokenizer: Any,     # of the policy to be trained
     seed: int = 0,      # of the words
 ) -> list[Trajectory]:
     "Return conversations in which the assistant repeats a random word of 2 to 10 characters."

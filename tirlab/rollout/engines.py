@@ -218,7 +218,7 @@ def _shared_settings(sampling):
 
 @patch
 async def _serve(self: BatchEngine):
-    "Answer batches until nobody waits."
+    "Answer batches until no request waits."
     while self._waiting:
         seen = 0
         while seen < len(self._waiting): seen = len(self._waiting); await asyncio.sleep(0.002 if self._pool else 0)

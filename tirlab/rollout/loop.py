@@ -239,7 +239,7 @@ async def rollout(
                 except SandboxFault as e: return Trajectory(prompt, [], StopReason.FAILED, f"{_SANDBOX}{e}")
                 turn, last, more, rounds = _observed(parsed, results, format, room, limits), parsed.turn(results=results), format, rounds + 1
             after = ids + turn.ids + turn.observation_ids
-            if stop := _full(prompt, after, limits): return done(stop, last)   # the observation does not fit, so it is left out
+            if stop := _full(prompt, after, limits): return done(stop, last)   # the observation does not fit, so it is dropped
             ids, turns, format = after, [*turns, turn], more
         return done(stop)
 

@@ -89,7 +89,7 @@ def rollouts(
     *, sampling: Sampling = Sampling(2**31),   # how to draw
     seed: tuple | None = (0,),        # names the noise, e.g. (seed, step); the row's number is appended. None: torch's global generator
     first_row: int = 0,               # number of the first row
-    schedule: str = "turn",           # "turn": sample when all wait, reproducible; "eager": nobody waits
+    schedule: str = "turn",           # "turn": sample when all wait, reproducible; "eager": no rollout waits for another
     workers: int = 32,                # tools running at once; 1: one after another in this thread, as TRL does
     loop: asyncio.AbstractEventLoop | None = None,   # event loop of coroutine tools
     clock: dict | None = None,        # receives "generation_seconds" and "tool_seconds": wall time in which engine and tools worked

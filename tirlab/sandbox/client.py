@@ -131,7 +131,7 @@ class _Channel:
         self.abandon()
 
     def abandon(self):
-        "Close these descriptors; the execution goes on for whoever holds copies."
+        "Close these descriptors; the execution goes on for processes that hold copies."
         os.close(self.out), self.reports.close(), self.control.close()
 
 def _memory_file(content: bytes) -> int:

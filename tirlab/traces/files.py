@@ -126,7 +126,7 @@ def is_object(
 
 # %% ../../nbs/45_traces/00_files.ipynb #ee11235a
 def trim_torn(
-    path: Path,   # a JSON lines file that nobody is writing; it need not exist
+    path: Path,   # a JSON lines file that no process is writing; it need not exist
 ) -> None:
     "Cut off the half line that a killed writer left at the end; add the newline to a line that lacks only that."
     if not path.is_file(): return
