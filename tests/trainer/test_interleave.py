@@ -291,7 +291,7 @@ def test_tables_of_completions_and_successes_without_rewards(tmp_path):
     t = trainer(tmp_path, log_completions=True)
     Interleave([1, 1], [DemonstrationSFT(1)]).train(t)
     assert list((tmp_path / "phase-02-rl" / "completions").iterdir())
-    around = type("A", (), {"met": lambda self, window: [type("M", (), dict(ids=["b", "a", "c"], rewards=[float("nan"), 1.0, 0.0]))()], "run": type("R", (), {"trajectory": lambda self, i: i})()})()
+    around = type("A", (), {"recent_tasks": lambda self, window: [type("M", (), dict(ids=["b", "a", "c"], rewards=[float("nan"), 1.0, 0.0]))()], "run": type("R", (), {"trajectory": lambda self, i: i})()})()
     import tirlab.supervision.lessons
     kept, tirlab.supervision.lessons.as_trajectory = tirlab.supervision.lessons.as_trajectory, lambda row: row
     try: assert RejectionSampling().lessons(around) == (["a"], {"successes": 1})

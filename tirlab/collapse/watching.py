@@ -90,7 +90,7 @@ def signals(self: Watch,
 @patch
 def culprits(self: Watch,
     signal: str,     # name of a metric of the last step
-) -> list[dict]:     # as `tirlab.collapse.monitor.culprits`
+) -> list[dict]:     # as `tirlab.collapse.monitor.find_culprits`
     "Find the tokens of this process behind a signal."
     if not self._last or self.probe.disabled: return []
     return find_culprits(signal, *self._last, self.probe.tokens, self.end, answered=has_answer(self.args.answer_pattern))

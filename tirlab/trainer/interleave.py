@@ -34,7 +34,7 @@ from .phases import PHASES, alarms_until, bare_forward, has_phases, last_checkpo
 # %% ../../nbs/60_trainer/15_interleave.ipynb #fdbee43a
 @dataclass(frozen=True)
 class OnAlarm:
-    "Start supervised training when a CollapseMonitor raises an alarm, until the alarm clears. Inferred; arXiv 2606.26027 supervises by the calendar."
+    "Start supervised training when a CollapseMonitor raises an alarm, until the alarm clears. The schedule is tirlab's own; arXiv 2606.26027 supervises by the calendar."
     steps: int             # optimiser steps of RL in all
     portion: int = 4       # optimiser steps of supervised training between two checks of whether the alarm has cleared
     most: int = 40         # optimiser steps of supervised training for one alarm
