@@ -19,6 +19,8 @@ from tirlab.core.formats import ChatFormat, make_format
 from tirlab.rollout.loop import open_task, rollout
 from tirlab.rollout.metrics import rollout_metrics
 from tirlab.rollout.schedule import rollouts
+from tirlab.trainer import trainer as trainer_module
+from tirlab.trainer.batch_credit import check_tensors
 from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.core.trajectory import StopReason, ToolCall
 
@@ -335,10 +337,11 @@ def test_new_weights_are_sampled_from_at_once(model):
 def test_rollouts_that_importance_sampling_removes_are_counted(tmp_path):
     t = trainer(tmp_path)
     t.model.train()
+    t._checked = True   # no rollouts lie behind these tensors
     mask = torch.ones(4, 3, dtype=torch.long)
     mask[2, 1:] = 0
-    t._log_removed({"importance_sampling_ratio": torch.tensor([[1.0], [0.0], [0.0], [0.5]]), "completion_mask": mask})
-    t._log_removed({"importance_sampling_ratio": torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 2.0, 0], [0, 0, 0]]), "completion_mask": mask})
+    check_tensors(t, None, {"importance_sampling_ratio": torch.tensor([[1.0], [0.0], [0.0], [0.5]]), "completion_mask": mask})
+    check_tensors(t, None, {"importance_sampling_ratio": torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 2.0, 0], [0, 0, 0]]), "completion_mask": mask})
     assert t._metrics["train"]["sync/removed_rollouts"] == [2.0, 3.0]
 
 
@@ -353,13 +356,12 @@ def test_the_gap_between_sampler_and_trainer_is_logged_and_on_record(tmp_path):
     assert {"rollout/generation_seconds", "rollout/tool_seconds", "rollout/tool_latency_p90", "rollout/stop_answer"} <= set(log)
 
 
-def test_a_wrong_mask_stops_the_first_batch(tmp_path):
-    t = trainer(tmp_path)
-    inner = t._tool_call_loop
+def test_a_wrong_mask_stops_the_first_batch(tmp_path, monkeypatch):
+    t, made = trainer(tmp_path), trainer_module.as_generated
     def wrong(*args):
-        mask, *rest = inner(*args)
-        return [[1] * len(m) for m in mask], *rest
-    t._tool_call_loop = wrong
+        ids, completion_ids, mask, *rest = made(*args)
+        return ids, completion_ids, [[1] * len(m) for m in mask], *rest
+    monkeypatch.setattr(trainer_module, "as_generated", wrong)
     with pytest.raises(MaskError):
         t.train()
 

@@ -20,7 +20,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           Qwen3ForSequenceClassification, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback)
 from trl import GRPOConfig, GRPOTrainer
 
-from tirlab.core import formats
+from tirlab.core import schemas
 from tirlab.all import TIRConfig, TIRTrainer, make_tasks, tiny_policy
 from tirlab.envs.tasks import ENVIRONMENTS
 
@@ -382,7 +382,7 @@ def test_a_use_of_trls_trainer(name, folders, tmp_path):
 def test_what_differs_is_in_the_readme():
     from pathlib import Path
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    table = readme[readme.index("Where tirlab differs from TRL on purpose"):]
+    table = readme[readme.index("Where it differs from TRL on purpose"):]
     for word in ("`GRPOConfig`", "images", "`rollout_func`", "`generation_kwargs`", "`cache_implementation`", "`model.generate`", *(f"`{name}`" for name in README)): assert word in table, word
 
 
@@ -394,7 +394,7 @@ def test_tools_of_environments_are_functions_and_are_described_once(folders, tmp
     count = lambda f: (made.append(f), make(f))[1]
     monkeypatch.setattr(transformers.utils, "get_json_schema", count)
     monkeypatch.setattr(chat_template_utils, "get_json_schema", count)
-    formats._SCHEMAS.clear()
+    schemas._SCHEMAS.clear()
     trainer = build(TIRTrainer, {}, CASES["environment"], folders, tmp_path)
     before = len(made)
     trainer.train()

@@ -14,6 +14,7 @@ from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, answer_reward, 
 from tirlab.rollout.calls import RolloutLimits, abandoned_tools, run_call
 from tirlab.rollout.engines import EngineError, GenerateEngine, Sampled, Sampling, generate, noise_seed
 from tirlab.core.schemas import tool_schemas
+from tirlab.trainer.batch_credit import check_tensors
 from tirlab.trainer.engine_setup import Canary
 from tirlab.core.trajectory import ToolCall, ToolError
 
@@ -93,7 +94,8 @@ def test_rollouts_that_importance_sampling_removed_are_counted(tmp_path):
     t = trainer(tmp_path, trace=False)
     ratio, tool = torch.tensor([[0.0, 0, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]), torch.tensor([[1, 1, 0, 1], [1, 1, 0, 1], [0, 0, 0, 0]])
     t.model.train()
-    t._log_removed({"importance_sampling_ratio": ratio, "completion_mask": torch.ones(3, 4, dtype=torch.long), "tool_mask": tool})
+    t._checked = True   # no rollouts lie behind these tensors
+    check_tensors(t, None, {"importance_sampling_ratio": ratio, "completion_mask": torch.ones(3, 4, dtype=torch.long), "tool_mask": tool})
     assert t._metrics["train"]["sync/removed_rollouts"] == [1.0]
 
 
