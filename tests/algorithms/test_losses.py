@@ -22,7 +22,7 @@ TAU = dict(sapo_temperature_pos=1.0, sapo_temperature_neg=1.05)
 
 
 class Bare:
-    "What TRL's `_compute_loss` needs of a trainer, on logits in place of a model; and the additions, as the recipe in nbs/23_losses.ipynb says."
+    "What TRL's `_compute_loss` needs of a trainer, on logits in place of a model; and the additions, as the recipe in nbs/30_algorithms/02_losses.ipynb says."
     aux_loss_enabled, top_entropy_quantile, off_policy_mask_threshold, use_adaptive_entropy = False, 1.0, None, False
     use_vllm = vllm_importance_sampling_correction = False
     get_off_policy_mask, get_gamma_weights = staticmethod(GRPOTrainer.get_off_policy_mask), staticmethod(GRPOTrainer.get_gamma_weights)

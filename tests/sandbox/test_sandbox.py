@@ -1,4 +1,4 @@
-"""The sandbox where it meets threads, forks and sudden death. What single pieces of code get to see is in nbs/02_sandbox.ipynb."""
+"""The sandbox where it meets threads, forks and sudden death. What single pieces of code get to see is in nbs/10_sandbox/05_client.ipynb."""
 import contextlib
 import os
 import signal
