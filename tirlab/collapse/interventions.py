@@ -120,6 +120,7 @@ def bounds_of(
 ) -> Bounds:
     "Combine clamps into tables. Raises: ValueError where they contradict each other, or do not fit this tokenizer."
     if not clamps: raise ValueError("There is nothing to clamp: give at least one Clamp.")
+    if wrong := [c for c in clamps if not isinstance(c, Clamp)]: raise ValueError(f"interventions takes a list of Clamp, and not {wrong[0]!r}.")
     tokens, tags, end = {c.token: token_id(c.token, tokenizer) for c in clamps}, _tags(tokenizer), tokenizer.eos_token
     low = torch.zeros(3, len(tokens), dtype=torch.float64)
     high, names = torch.ones_like(low), list(tokens)

@@ -66,7 +66,7 @@ class Interleave:
         if not self.signals: raise ValueError("Interleave has no signals to learn from; give at least one, such as ErroneousTrajectories(), or use trainer.train().")
         for s in self.signals:
             if not isinstance(s, LessonSource): raise ValueError(f"Interleave takes ErroneousTrajectories, Reflections, DemonstrationSFT and RejectionSampling, and not {s!r}; what belongs into every batch is TIRTrainer's `supervision`.")
-        if not isinstance(self.rounds, OnAlarm) and (not self.rounds or min(self.rounds) < 0 or not sum(self.rounds)): raise ValueError(f"Interleave: rounds={self.rounds} has no step of RL; give steps of each round, such as [50, 100, 150].")
+        if not isinstance(self.rounds, OnAlarm) and (not isinstance(self.rounds, (list, tuple)) or not self.rounds or min(self.rounds) < 0 or not sum(self.rounds)): raise ValueError(f"Interleave: rounds={self.rounds} has no step of RL; give steps of each round, such as [50, 100, 150].")
 
 # %% ../../nbs/60_trainer/15_interleave.ipynb #417296bd
 @patch(as_prop=True)
