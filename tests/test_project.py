@@ -92,13 +92,18 @@ def test_what_the_sandboxs_child_imports_is_tiny():
 
 # Documentation
 
+NO_VERBS = {"A", "All", "An", "How", "Inside,", "Mean", "None", "Number", "One", "Share", "The", "What", "Where", "Whether", "Which"}
+
+
 def undocumented(source):
-    "Public functions of `__all__` without a docstring, and their parameters without a comment on the same line."
+    "Public functions of `__all__` without a docstring that begins with a verb, and their parameters without a comment on the same line."
     tree, lines = ast.parse(source), source.splitlines()
     public = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), [])
     for f in tree.body:
         if not isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) or f.name not in public: continue
-        if not ast.get_docstring(f): yield f"{f.name} has no docstring"
+        first = (ast.get_docstring(f) or "").partition(" ")[0]
+        if not first: yield f"{f.name} has no docstring"
+        elif first in NO_VERBS: yield f"{f.name}: the docstring begins with {first}, not with a verb"
         a = f.args
         for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]:
             if "#" not in lines[arg.end_lineno - 1][arg.end_col_offset:]: yield f"{f.name}: parameter {arg.arg} has no comment"
@@ -111,8 +116,8 @@ def test_public_functions_are_documented(module):
 
 
 def test_missing_documentation_is_found():
-    source = '__all__ = ["f"]\ndef f(\n    a,  # a number\n    b=1,\n): return a\ndef g(x): pass\n'
-    assert list(undocumented(source)) == ["f has no docstring", "f: parameter b has no comment"]
+    source = '__all__ = ["f", "h"]\ndef f(\n    a,  # a number\n    b=1,\n): return a\ndef g(x): pass\ndef h(): "The number."\n'
+    assert list(undocumented(source)) == ["f has no docstring", "f: parameter b has no comment", "h: the docstring begins with The, not with a verb"]
 
 
 def test_readme_is_made_from_the_index(tmp_path):

@@ -32,7 +32,7 @@ def noise_row(
     rng: np.random.Generator,   # of the noise
     tokens: int,                # of the completion
 ) -> TraceRow:                  # step 0, number 0
-    "A trajectory of noise: a turn every 200 tokens, a third of each from a tool."
+    "Return a trajectory of noise: a turn every 200 tokens, a third of each from a tool."
     place, ids, f = np.arange(tokens), rng.integers(0, 500, tokens), lambda: -rng.exponential(.5, tokens)
     text = [CONTROL[p % 200 // 50] if p % 50 == 0 else WORDS[i] for p, i in zip(place, ids)]
     mask, turns, right = place % 200 < 134, -(-tokens // 200), float(rng.random() < .5)
@@ -63,7 +63,7 @@ def noise_run(
     tokens: int,      # of each
     seed: int = 0,    # of the noise
 ) -> None:
-    "A run of noise; every fourth step repeats the numbers of one before."
+    "Write a run of noise; every fourth step repeats the numbers of one before."
     rng, writer = np.random.default_rng(seed), RunWriter(path, _META)
     kinds = [[noise_row(rng, tokens) for _ in range(n)] for _ in range(4)]
     for step in tqdm(range(1, steps + 1), desc=f"a run of {steps} x {n} x {tokens}", file=sys.stderr): add_noise(writer, step, kinds[step % 4])
@@ -74,7 +74,7 @@ def noise_index(
     steps: int,     # of the run
     n: int,         # trajectories in a step
 ) -> None:
-    "A run folder with all that the pages of a whole run read, and without tokens."
+    "Write a run folder with all that the pages of a whole run read, without tokens."
     rng, writer = np.random.default_rng(1), RunWriter(path, _META)
     lines = [index_line(noise_row(rng, 600), "", i, CONTROL) for i in range(64)]
     with open(path/"index.jsonl", "w") as index, open(path/"steps.jsonl", "w") as sums:
@@ -93,7 +93,7 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 def served(
     runs: list[Path],   # run folders; the first is shown first
 ) -> Iterator[tuple[str, int]]:   # address, process id of the server
-    "The app on these runs, on loopback, for as long as the block lasts."
+    "Serve the app on these runs, on loopback, inside `with`."
     port = free_port()
     server = subprocess.Popen(command(runs, port, headless=True), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -105,7 +105,7 @@ def served(
 
 @contextmanager
 def browser_page() -> Iterator[Any]:   # Playwright's page
-    "A page in a headless Chromium. Raises: RunError if there is none."
+    "Open a page in a headless Chromium inside `with`. Raises: RunError if there is none."
     try: from playwright.sync_api import sync_playwright
     except ImportError: raise RunError("bench app needs playwright: pip install playwright, and a chromium.") from None
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -142,7 +142,7 @@ def clicked(
     act: str,     # JavaScript: what the reader does; `button(text)`, `tm` (the token map), `select` (its metric)
     done: str,    # JavaScript: whether the page shows it; `ready(page)`, `chart()`, `tm`, and `was` (how it was before)
 ) -> float:       # ms
-    "Milliseconds from an action to its picture."
+    "Measure the milliseconds from an action to its picture."
     return float(page.evaluate(_CLOCK, [act, done]))
 
 _DRAWN = "document.querySelector('.tirlab-ready[data-page=\"overview\"]') && document.querySelector('.js-plotly-plot .main-svg')"
@@ -151,7 +151,7 @@ def opened(
     page: Any,    # Playwright's page
     url: str,     # of an overview
 ) -> float:       # ms
-    "Milliseconds from calling up an address to the drawn overview."
+    "Measure the milliseconds from opening an address to the drawn overview."
     begin = time.perf_counter()
     page.goto(url, wait_until="commit")
     page.wait_for_function(_DRAWN)
@@ -163,7 +163,7 @@ def time_tokens(
     folder: Path,     # for the run
     repeats: int,     # the median is reported
 ) -> dict:            # paint_32k_ms, switch_32k_ms
-    "A trajectory of 32,000 tokens, opened from its neighbour, and its metrics."
+    "Time opening a trajectory of 32,000 tokens from its neighbour, and its metrics."
     rng, writer = np.random.default_rng(0), RunWriter(folder/"long", _META)
     rows = [replace(noise_row(rng, n), id=trace_id(1, 0, i), step=1, group=i) for i, n in enumerate((300, 32_000))]
     writer.append_index(writer.write_tokens(1, rows)); writer.close()
@@ -214,7 +214,7 @@ def time_live(
     path: Path,       # a run, which goes on
     repeats: int,     # the median is reported
 ) -> dict:            # live_lag_ms
-    "How long after it was written a step shows on the overview."
+    "Measure how long after it was written a step shows on the overview."
     writer, lags = RunWriter(path, _META, resume=True), []
     tokens, index = 600, open_run(path).index()
     step, n, rng = int(index.step.max()), int((index.step == index.step.max()).sum()), np.random.default_rng(2)
@@ -236,7 +236,7 @@ def time_big(
     big: Path,        # the run to open
     repeats: int,     # servers; the median is reported
 ) -> dict:            # big_run_open_ms
-    "The first look at a big run, on a server that has not seen it yet."
+    "Time the first look at a big run, on a server that has not seen it yet."
     times = []
     for _ in range(repeats):
         with served([small, big]) as (url, _):

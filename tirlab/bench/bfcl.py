@@ -35,7 +35,7 @@ def spoilt(
     at: int,     # which of its calls
     how: str,    # one of SPOILT
 ) -> dict:       # the row with other ground truth
-    "A task with one wrong call."
+    "Return a task with one wrong call."
     lines = [json.loads(line) for line in row["ground_truth"]]
     i = [j for j, c in enumerate(lines) if "name" in c][at]
     call, arguments = lines[i], lines[i]["arguments"]
@@ -51,14 +51,14 @@ def spoilt(
 def count_calls(
     row: dict,   # a row of `bfcl_tasks`
 ) -> int:
-    "Calls in its ground truth."
+    "Count the calls in its ground truth."
     return sum("name" in json.loads(line) for line in row["ground_truth"])
 
 # %% ../../nbs/80_bench/05_bfcl.ipynb #83f6d11e
 def verdict(
     row: dict,   # a row of `bfcl_tasks`, spoilt or not
 ) -> bool:       # whether bfcl-eval's checker passes its ground truth
-    "What bfcl-eval's checker says of calls, without any of tirlab's code between."
+    "Return the verdict of bfcl-eval's checker on calls, without any of tirlab's code between."
     from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils
     from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker import multi_turn_checker
     turns, entry, model = [[]], bfcl_entry(row["task_id"]), f"reference_{uuid.uuid4().hex}"
@@ -75,7 +75,7 @@ def replay(
     tokenizer: Any,            # of a policy
     call_format: str | None = None,   # how calls are written: None for the chat template's own way, or "json", "list", ...
 ) -> tuple[list[Trajectory], list[float]]:   # rollouts, rewards
-    "The ground truth of rows, rolled out and scored."
+    "Roll out and score the ground truth of rows."
     done = demonstrate(rows, tokenizer, {"bfcl": BFCLEnvironment}, call_format=call_format, limits=RolloutLimits(completion_tokens=2**20))
     return done, bfcl_reward(completions=[t.messages for t in done], task_id=[r["task_id"] for r in rows])
 

@@ -43,7 +43,7 @@ def probe_step(
     batch: dict,                  # `probe_batch`
     probe: ControlProbe | None,   # None for the plain step
 ) -> None:
-    "One forward and backward pass of a policy gradient, and what the probe measured."
+    "Run one forward and backward pass of a policy gradient, and return what the probe measured."
     completion = int((batch["labels"][0] != -100).sum())
     with probe.watch(model) if probe else nullcontext(): logp = model(**batch).log_probs[:, -completion:]
     if probe: probe.read(logp)
@@ -55,7 +55,7 @@ def seconds(
     run: Callable[[], Any],   # what to time
     device: torch.device,     # where it works
 ) -> tuple[float, float]:     # of the clock, its work on the accelerator included; of the processor, all threads
-    "How long a call takes."
+    "Measure how long a call takes."
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     wait()
     start, busy = time.perf_counter(), time.process_time()

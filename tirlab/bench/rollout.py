@@ -33,7 +33,7 @@ from ..trainer.trainer import TIRTrainer
 def heavy_tail(
     key: str,   # what is called, with which arguments
 ) -> float:     # seconds
-    "A delay between 10 ms and 2 s, log-uniform; the same key, the same delay."
+    "Return a delay between 10 ms and 2 s, log-uniform; the same key gives the same delay."
     return 0.01 * 200 ** random.Random(key).random()
 
 LATENCIES = {"0ms": lambda key: 0.0, "100ms": lambda key: 0.1, "heavy_tail": heavy_tail}
@@ -42,7 +42,7 @@ LATENCIES = {"0ms": lambda key: 0.0, "100ms": lambda key: 0.1, "heavy_tail": hea
 def slow_lookup(
     seconds: Callable[[str], float],   # delay of a call, from its arguments
 ) -> type:                             # an environment class
-    "The lookup environment behind a slow network."
+    "Make the lookup environment answer as if behind a slow network."
     class Slow(LookupEnvironment):
         def find(self, name: str, box: int) -> str:
             """
@@ -75,7 +75,7 @@ def rollout_trainer(
     model: Any = None,          # name or model; None for the tiny policy
     **options,                  # further TIRConfig arguments, where ours
 ) -> Any:                       # a trainer
-    "A trainer ready to make one batch of rollouts."
+    "Return a trainer that is ready to make one batch of rollouts."
     common = dict(output_dir=folder, per_device_train_batch_size=n, num_generations=8, max_completion_length=160, max_tool_calling_iterations=4, seed=0,
                   save_strategy="no", report_to="none", disable_tqdm=True)
     cpu = not torch.accelerator.is_available()
@@ -159,7 +159,7 @@ SHAPES = {"0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layer
 def shaped_model(
     shape: str,      # "tiny" for the tiny policy, or "0.5b"
 ) -> Any:            # causal language model on the accelerator, in bfloat16 there
-    "The tiny policy, or a random model of a given shape that speaks the tiny policy's tokens."
+    "Return the tiny policy, or a random model of a given shape that speaks the tiny policy's tokens."
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if shape == "tiny": return AutoModelForCausalLM.from_pretrained(tiny_policy()).to(device).eval()
     torch.manual_seed(0)

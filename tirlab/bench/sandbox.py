@@ -31,7 +31,7 @@ def rate(
     n: int,             # executions
     at_once: int,       # in flight
 ) -> float:             # executions a second
-    "How fast code is run, again and again."
+    "Measure how many executions a second the sandbox runs."
     start = time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool: results = list(pool.map(run, [code] * n))
     seconds = time.perf_counter() - start
@@ -41,7 +41,7 @@ def rate(
 
 # %% ../../nbs/80_bench/01_sandbox.ipynb #28730cfb
 def traces_left() -> dict[str, int]:   # processes, files, fds
-    "What the fork servers of this process hold now."
+    "Count what the fork servers of this process hold now."
     servers = [psutil.Process(s.process.pid) for s in sandbox._servers.values()]
     family = [p for s in servers for p in (s, *s.children(recursive=True))]
     files = sum(len(list(Path(s.folder).glob("*/**/*"))) for s in sandbox._servers.values())
@@ -51,7 +51,7 @@ def leaked(
     executions: int,        # how many
     at_once: int = 64,      # in flight
 ) -> dict[str, int]:        # processes, files, fds more than before
-    "What many executions, that write files, fail, and print, leave behind."
+    "Count what many executions leave behind that write files, fail and print."
     code = "open('notes', 'w').write('37'); print(1 + 1)"
     many = lambda codes: ThreadPoolExecutor(at_once).map(run_python, codes)
     list(many(["import time; time.sleep(2)"] * at_once))   # as many folders as there will be

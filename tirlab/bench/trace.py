@@ -64,7 +64,7 @@ def trace_trainer(
     steps: int,      # to train
     folder: str,     # output folder
 ) -> TIRTrainer:
-    "A trainer with a scripted sampler, whose every second rollout is right; eight trajectories in a slice of the loss."
+    "Return a trainer with a scripted sampler, whose every second rollout is right; eight trajectories in a slice of the loss."
     args = TIRConfig(output_dir=folder, run_dir=f"{folder}/run", max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=n // 8, num_generations=8, max_completion_length=tokens, probe="on",
                      engine="generate", schedule="turn", save_strategy="no", report_to="none", disable_tqdm=True, seed=0)
     def every_second(completions, **kwargs): return [float(i % 2) for i in range(len(completions))]
@@ -99,7 +99,7 @@ PARTS = {"open": (training, "open_records"), "score": (Recorder, "score"), "rows
 def clocked(
     spent: dict,   # name -> seconds, added to
 ):
-    "Inside, the time that goes into each part of the record is noted."
+    "Time each part of the record inside `with`."
     def timed(name, inner):
         def run(*args, **kwargs):
             start = time.perf_counter()
