@@ -2,6 +2,13 @@
 
 import gc
 
+LONG = ("test_interleave", "test_trainer", "test_trl_suite", "test_recipes", "test_parity", "test_resume", "test_app", "test_sandbox_attacks", "test_families")
+
+
+def pytest_collection_modifyitems(items):
+    "Let long files begin first, so that no process is left alone with one at the end."
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 def pytest_collection_finish(session):
     "Exempt what imports made (torch, transformers: a million objects) from garbage collection, which trainers start by hand several times each."

@@ -433,6 +433,7 @@ def test_a_recipe_without_rounds_goes_on(tmp_path, monkeypatch, capsys):
         assert len(list((tmp_path / "cut").glob("*/meta.json"))) == 1 and open_run(t.run_dir).status() == "finished"
 
 
+@pytest.mark.slow
 def test_a_killed_recipe_with_rounds_goes_on_to_the_same_end(tmp_path):
     "SIGKILL in the first round of RL, then in supervised training, each time gone on with by --resume: the lessons, tasks and weights of a run that nobody killed."
     words = ["recipe=tool_rl_box/ets", "rounds=[2,2]", "failed_rule=any", "tasks=all", "save_steps=1", "sft_num_train_epochs=4", "sft_per_device_train_batch_size=2", "sft_gradient_accumulation_steps=1",

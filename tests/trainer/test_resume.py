@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
+from tirlab.trainer.checkpoints import inside_batch
 from tirlab.trainer.phases import last_checkpoint
 from tirlab.recipes.training import train_recipe
 from tirlab.trainer.recording import rewind
@@ -76,7 +77,7 @@ def test_true_takes_the_newest_checkpoint_between_batches(tmp_path):
 def test_the_last_batch_of_an_epoch_may_be_short(tmp_path):
     "Three batches of one step and a half an epoch: the fifth step begins the second epoch."
     t = made(tmp_path, n=3, steps_per_generation=3, per_device_train_batch_size=4, num_generations=12, gradient_accumulation_steps=2)
-    assert [t._inside_a_batch(s) for s in range(11)] == [False, True, True, False, True, False, True, True, False, True, False]
+    assert [inside_batch(t, s) for s in range(11)] == [False, True, True, False, True, False, True, True, False, True, False]
 
 
 def test_a_second_training_of_the_same_trainer_begins_with_a_batch_of_its_own(tmp_path):

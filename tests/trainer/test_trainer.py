@@ -245,6 +245,7 @@ def test_interrupting_the_demo_leaves_a_run_that_opens(tmp_path):
     assert not shown.run().exception
 
 
+@pytest.mark.slow
 def test_demo_prints_figures_of_its_own_run_and_repeats_them(tmp_path):
     def go(name):
         said = tmp_path / f"{name}.said"
