@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from test_drift import AS_TEXT, ENDS, NO_PARSER, NO_TOOLS, OUTCOME, ends_of, tokenizer
+from test_trl_suite import multiply
 from transformers import AutoTokenizer, HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig
 from trl.experimental.async_grpo import AsyncGRPOConfig
@@ -172,17 +173,6 @@ def test_plain_prompts_that_name_no_tool(tmp_path):
         make(tmp_path, environment_factory=None, tools=[multiply], train_dataset=plain.map(lambda row: {"prompt": "You may use multiply. " + row["prompt"]}))
         make(tmp_path, environment_factory=None, train_dataset=plain)
     refused(tmp_path / "json", "call_format", "plain text", environment_factory=None, tools=[multiply], train_dataset=plain, options=dict(call_format="json"))
-
-
-def multiply(a: int, b: int) -> int:
-    """
-    Multiply two integers.
-
-    Args:
-        a: The first.
-        b: The second.
-    """
-    return a * b
 
 
 # ---- what users' functions do
