@@ -1834,6 +1834,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'tirlab.sandbox.remote.ray_nodes': ('10_sandbox/remote.html#ray_nodes', 'tirlab/sandbox/remote.py'),
                                        'tirlab.sandbox.remote.read_answer': ( '10_sandbox/remote.html#read_answer',
                                                                               'tirlab/sandbox/remote.py'),
+                                       'tirlab.sandbox.remote.read_body': ('10_sandbox/remote.html#read_body', 'tirlab/sandbox/remote.py'),
                                        'tirlab.sandbox.remote.read_request': ( '10_sandbox/remote.html#read_request',
                                                                                'tirlab/sandbox/remote.py'),
                                        'tirlab.sandbox.remote.remote': ('10_sandbox/remote.html#remote', 'tirlab/sandbox/remote.py'),

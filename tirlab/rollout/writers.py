@@ -15,6 +15,7 @@ import httpx
 
 # %% ../../nbs/20_rollout/10_writers.ipynb #98d1bc53
 from ..core.families import without_thoughts
+from ..sandbox.remote import read_body
 
 # %% ../../nbs/20_rollout/10_writers.ipynb #45300bf3
 def _completion_text(data):
@@ -35,12 +36,7 @@ def _post(url, body, headers, seconds):
     Raises: httpx.RequestError, also where the response is too long or takes too long."""
     end = time.monotonic() + seconds
     with httpx.stream("POST", url, json=body, headers=headers, timeout=httpx.Timeout(seconds, connect=min(10.0, seconds))) as response:
-        data = bytearray()
-        for chunk in response.iter_bytes():
-            data += chunk
-            if len(data) > _MOST: raise httpx.ReadError("the answer is too long")
-            if time.monotonic() > end: raise httpx.ReadTimeout("the answer does not end")
-        return response.status_code, response.headers.get("Retry-After"), bytes(data)
+        return response.status_code, response.headers.get("Retry-After"), read_body(response, _MOST, end)
 
 def _retry_after(value):
     "Return the seconds of a `Retry-After`, a number or a date; 0 where it is neither."

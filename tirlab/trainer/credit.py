@@ -6,6 +6,7 @@
 __all__ = ['own_rewards', 'estimate', 'is_void', 'group_reasons', 'keep_tokens', 'keep_ratios', 'kept_advantages', 'extra_loss']
 
 # %% ../../nbs/60_trainer/07_credit.ipynb #a904947d
+from functools import partial
 from typing import Any
 
 # %% ../../nbs/60_trainer/07_credit.ipynb #aa61a4d9
@@ -18,7 +19,7 @@ from ..config.tir_config import TIRConfig
 from ..rollout.engines import noise_seed
 from ..algorithms.filters import baseline_rewards, drop_rows, filter_tokens, group_verdicts, has_answer, high_ratio_filter, overlong, void_turns
 from ..algorithms.losses import clip_cov_mask, kl_cov_terms, positive_nll_terms, ppo_clipped, token_weights
-from ..rewards.outcome import format_rewards, tool_rewards, turn_rewards
+from ..rewards.outcome import format_rewards, sum_turn_rewards, tool_rewards, turn_rewards
 from ..rewards.shaping import shaped_outcomes
 from ..core.trajectory import Trajectory
 
@@ -29,7 +30,7 @@ def own_rewards(
 ) -> list[float]:              # one a turn
     "Return the reward of each turn without the outcome."
     if args.advantage not in BY_TURN: return [0.0] * len(trajectory.turns)
-    return [f + t for f, t in zip(format_rewards(trajectory, args.format_penalty), tool_rewards(trajectory, args.tool_bonus))]
+    return sum_turn_rewards(trajectory, [partial(format_rewards, penalty=args.format_penalty), partial(tool_rewards, bonus=args.tool_bonus)])
 
 # %% ../../nbs/60_trainer/07_credit.ipynb #7f74108d
 def estimate(
