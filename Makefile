@@ -13,6 +13,7 @@ test test-slow: export HF_DATASETS_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 
 comma := ,
+ADAPTERS := verifiers openenv mcp games tau2
 
 # $(call step,TITLE,COMMAND,WHAT TO DO WHEN IT FAILS)
 define step
@@ -20,7 +21,7 @@ define step
 	printf -- '-- done in %s s\n' $$((SECONDS - start))
 endef
 
-.PHONY: help demo test test-slow test-vllm docs bench lint export readme clean
+.PHONY: help demo test test-slow test-vllm test-adapters docs bench lint export readme clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,10 @@ test-vllm: .venv-vllm/.has-vllm  ## the real vLLM on a CPU: both engines, server
 	$(call step,the real vLLM,OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm tests/vllm_cpu,repair what pytest names)
 	@printf '\nAll good.\n'
 
+test-adapters: $(ADAPTERS:%=.venv-adapters/%/.done)  ## environments from elsewhere with their real packages, each in an environment of its own
+	@for name in $(ADAPTERS); do printf '\n-- %s\n' $$name; OMP_NUM_THREADS=1 .venv-adapters/$$name/bin/python -m pytest -q -m adapter tests/adapters/test_$$name.py || exit 1; done
+	@printf '\nAll good.\n'
+
 docs: .venv/.has-dev  ## the documentation as a site, in site/index.html; links are checked, nothing is fetched
 	$(call step,site,NO_MKDOCS_2_WARNING=1 mkdocs build -q,repair the page or link that mkdocs names)
 	$(call step,links,scripts/docs/links.py site,repair the link where it stands: in a notebook$(comma) in docs/ or in a docstring)
@@ -66,6 +71,9 @@ readme: .venv/.has-dev  ## write README.md from nbs/index.ipynb
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	find app nbs scripts tests tirlab -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+.venv-adapters/%/.done: .venv/.has-dev scripts/setup_adapter
+	@scripts/setup_adapter $*
 
 # The real vLLM has an environment of its own.
 .venv-vllm/.has-vllm: pyproject.toml constraints.txt scripts/setup_vllm
