@@ -66,7 +66,8 @@ def _become_bash(home, path, lock, commands, answers):
     os.dup2(commands, 0)
     lock(answers)   # 1 and 2 are the output now, 3 the answers
     os.dup2(1, OUT), os.dup2(3, STATUS), os.close(3)
-    os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
+    null = os.open("/dev/null", os.O_WRONLY)
+    os.dup2(null, 1), os.dup2(null, 2), os.close(null)
     os.execve("/bin/bash", _COMMAND, shell_environment(home, path))
 
 def start_bash(
@@ -252,8 +253,8 @@ def drive(
     os.write(3, b"b")
     while True:
         happened = wait(s, 3, watch(s))
+        reap(s.bash)
+        if s.bash.exit is not None: replace_bash(s); continue
         if s.bash.commands in happened: feed(s)
         if s.bash.answers in happened: listen(s)
         if 3 in happened and not hear(s, inbox): end()
-        reap(s.bash)
-        if s.bash.exit is not None: replace_bash(s)

@@ -7,11 +7,10 @@ __all__ = ['clean_output', 'outcome', 'Shell']
 
 # %% ../../nbs/10_sandbox/10_shells.ipynb #7a9bc105
 import os, re, socket
-from dataclasses import replace
 
 # %% ../../nbs/10_sandbox/10_shells.ipynb #095a797c
 from .client import _collect, _memory_file, _receive
-from .executions import Execution, Facts, Limits, Status, conclude, cut_middle, status_and_error
+from .executions import Execution, Facts, Limits, Status, conclude, status_and_error
 from .interpreters import Interpreter
 from .shell_driver import HOME
 
