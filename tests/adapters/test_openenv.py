@@ -1,5 +1,6 @@
 """Environments of OpenEnv, by its own server on this machine, and a tirlab environment as such a server."""
 
+import gc
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from tirlab.rollout.calls import RolloutLimits
 from tirlab.rollout.endpoint import Endpoint
 
 pytestmark = pytest.mark.adapter
+PACKAGES = str(Path(__file__).parent / "packages")
 WIDE = RolloutLimits(completion_tokens=2**20, observation_chars=None)
 
 
@@ -43,38 +45,11 @@ def served(app):
 
 
 def vault(sessions=16):
-    "An app: a vault with a code of two digits, which is opened by turning a dial."
-    from enum import Enum
-
-    from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
-    from pydantic import Field
-
-    class Way(str, Enum): left, right = "left", "right"
-
-    class Turn(Action):
-        "Turn the dial."
-        way: Way
-        digit: int = Field(description="Where to stop.", ge=0, le=9)
-        note: str | None = None
-
-    class Seen(Observation):
-        text: str = ""
-
-    class Vault(Environment):
-        SUPPORTS_CONCURRENT_SESSIONS = True
-        def reset(self, seed=None, episode_id=None, **options):
-            self.code, self.steps = [(seed or 0) % 10, 5], 0
-            return Seen(text=f"A vault, number {seed}.")
-        def step(self, action, timeout_s=None, **options):
-            self.steps += 1
-            if action.note == "crash": raise RuntimeError("the dial is stuck")
-            if action.digit != self.code[0]: return Seen(text="nothing", reward=-0.1)
-            self.code.pop(0)
-            if self.code: return Seen(text="click", reward=0.25)
-            return Seen(text=f"open {action.way.value}", done=True, reward=1 / self.steps)
-        @property
-        def state(self): return State(step_count=self.steps)
-    return create_fastapi_app(Vault, Turn, Seen, max_concurrent_envs=sessions)
+    "The app of `packages/oe_vault.py`."
+    sys.path.insert(0, PACKAGES)
+    try: from oe_vault import vault as make
+    finally: sys.path.remove(PACKAGES)
+    return make(sessions)
 
 
 def by_number(**scripts):
@@ -94,7 +69,7 @@ def test_the_action_is_a_tool_and_done_ends_the_rollout():
         done = run(found, url)
     parameters = seen[0]["tools"][0]["function"]["parameters"]
     assert parameters["properties"]["way"] == {"enum": ["left", "right"], "type": "string"} and parameters["required"] == ["way", "digit"] and "metadata" not in parameters["properties"]
-    assert seen[0]["tools"][0]["function"]["description"] == "Turn the dial." and seen[0]["messages"][0]["content"].endswith("A vault, number 3.")
+    assert seen[0]["tools"][0]["function"]["description"] == "Turn the dial." and {b["messages"][0]["content"].rsplit("\n\n")[-1] for b in seen} == {"A vault, number 3.", "A vault, number 4."}
     first, second = done.trajectories
     assert (first.stop, [r.content for r in first.results]) == (StopReason.DONE, ["click", "open right"]) and first.messages[-1]["role"] == "tool"
     assert second.stop is StopReason.ANSWER and [bool(r.error) for r in second.results] == [True, True, False] and "the dial is stuck" in second.results[1].content
@@ -207,18 +182,18 @@ def test_a_server_without_room_says_what_to_do():
     with served(vault(1)) as server, scripted(lambda m: ["x"]) as url:
         found = tasks(server, n=3)
         with pytest.raises(ValueError, match="max_concurrent_envs"): run(found, url)
-        time.sleep(0.5)   # the first session ends with its object
+        gc.collect()   # the first session ends with its object
+        time.sleep(0.5)
         assert run(found, url, batch_size=1).rewards == [0.0] * 3
 
 
 def test_a_rollout_whose_server_goes_away_is_dropped_with_the_reason():
     "The session is lost and with it the episode; the rollout is tried once more, and dropped."
     from tirlab.adapters.openenv import tasks
-    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}; from test_openenv import vault; import uvicorn; uvicorn.run(vault(), host='127.0.0.1', port=int(sys.argv[1]), log_level='error')"
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    server, address = subprocess.Popen([sys.executable, "-c", code, str(port)]), f"http://127.0.0.1:{port}"
+    server, address = subprocess.Popen([sys.executable, f"{PACKAGES}/oe_vault.py", str(port)]), f"http://127.0.0.1:{port}"
     def wait():
-        for _ in range(600):
+        for _ in range(1200):
             try: socket.create_connection(("127.0.0.1", port), 0.2).close(); return
             except OSError: time.sleep(0.1)
     def choose(messages):
@@ -263,7 +238,7 @@ async def brief(completions, wants, **row): return [1 / len(c) for c in completi
 
 
 ROWS = Dataset.from_list([{"prompt": [{"role": "system", "content": "You sell."}, {"role": "user", "content": f"number {i}."}], "wants": w} for i, w in enumerate(("tea", "air", "milk"))])
-SCRIPTS = dict(n0=[[call("sell", ware="tea")], "There.", "Yes, please."], n1=[[call("sell", ware="air")], [call("lend", ware="air")], [call("sell", ware="tea", number="x")], "No.", "No, please."], n2=["None.", [call("sell", ware="milk", number=2)], "Two."])
+SCRIPTS = dict(n0=[[call("sell", ware="tea")], "There.", "Yes, please."], n1=[[call("sell", ware="air")], [call("sell", ware="tea", number="x")], "No.", "No, please."], n2=["None.", [call("sell", ware="milk", number=2)], "Two."])
 
 
 def choose(messages): return next(s for k, s in SCRIPTS.items() if f"number {k[1:]}." in next(m["content"] for m in messages if m["role"] == "user"))
@@ -276,8 +251,8 @@ def test_a_tirlab_environment_behind_an_openenv_server_reads_and_earns_the_same(
         found = tasks(server, answer_tool="answer")
         there = run(found, url)
         here = evaluate(None, None, ROWS, Shop, [polite, brief], engine=Endpoint(url, "m", None), limits=WIDE, reward_weights=[0.5, 2.0])
-    assert [t.messages for t in there.trajectories] == [t.messages for t in here.trajectories] and sum(len(t.results) for t in here.trajectories) == 5
-    assert there.rewards == here.rewards and len(set(here.rewards)) == 3
+    assert [t.messages for t in there.trajectories] == [t.messages for t in here.trajectories] and sum(len(t.results) for t in here.trajectories) == 4
+    assert there.rewards == pytest.approx(here.rewards, rel=1e-6) and len(set(here.rewards)) == 3
     assert [t["prompt"] for t in found.rows] == [r["prompt"] for r in ROWS]
 
 
@@ -293,7 +268,7 @@ def test_openenvs_own_client_plays_it():
         again = client.reset(seed=4).observation["text"]
     assert first.observation["text"] == " I want tea." and [t["name"] for t in tools] == ["sell", "answer"] and again == " I want air."
     assert (sold.observation["result"]["data"], sold.done, asked.observation["result"]["data"], asked.reward) == ("tea: 1 so far", False, "And a bag?", None)
-    assert last.done and last.reward == 1.0 + 0.5 / 3 + 2.0 / 6
+    assert last.done and last.reward == pytest.approx(1.0 + 0.5 / 3 + 2.0 / 5)
 
 
 def test_a_tool_called_answer_needs_another_name():

@@ -104,7 +104,7 @@ def test_a_game_that_answers_as_the_user():
         traces = reference("vf_game", url, "player")
         ours = here(found, url)
     compare(ours, traces, "vf_game")
-    assert [len(t.turns) for t in ours.trajectories] == [2, 1, 3, 3] and [t.stop_condition for t in traces][2:] == ["max_turns"] * 2 and ours.extra["game"] == [0.5, 1.0, 0.0, 0.0]
+    assert [len(t.turns) for t in ours.trajectories] == [2, 1, 3, 3] and [t.stop_condition for t in traces][2:] == ["max_turns", "user_closed"] and ours.extra["game"] == [0.5, 1.0, 0.0, 1 / 3]
 
 
 def test_a_user_who_speaks_first_and_rewards_of_every_kind(tmp_path):
@@ -144,7 +144,7 @@ PLAIN = "class T(vf.Taskset[K, vf.TasksetConfig]):\n    def load(self): yield K(
 TASK = "class K(vf.Task[vf.TaskData]):\n"
 REFUSED = {
     "a judge": (TASK + "    pass\n" + PLAIN, dict(task={"judges": [{"id": "reference"}]}), "ask the judge model"),
-    "a judge of its own": ("class C(vf.TaskConfig):\n    judge: vf.JudgeConfig = vf.JudgeConfig(model='big')\nclass K(vf.Task[vf.TaskData, vf.State, C]):\n    pass\n" + PLAIN, {}, "judge model big"),
+    "a judge of its own": ("class C(vf.TaskConfig):\n    judge: vf.JudgeConfig = vf.JudgeConfig(model='big')\nclass K(vf.Task[vf.TaskData, vf.State, C]):\n    pass\n" + PLAIN.replace(", self.config.task", ""), {}, "judge model big"),
     "a box": (TASK + "    @vf.reward\n    async def tests(self, trace: vf.Trace, runtime) -> float: return 1.0\n" + PLAIN, {}, "tests runs programs"),
     "a container": (TASK + "    NEEDS_CONTAINER = True\n" + PLAIN, {}, "container"),
     "an image": (TASK + "    pass\n" + PLAIN.replace("prompt='x'", "prompt='x', image='ubuntu'"), {}, "container"),
@@ -250,7 +250,7 @@ class Shop:
 
 
 def polite(completions, log_metric, **row):
-    log_metric("words", len(completions[0][-1]["content"].split()))
+    log_metric("words", sum(len(c[-1]["content"].split()) for c in completions) / len(completions))
     return [1 / 4 if "please" in c[-1]["content"] else None for c in completions]
 
 
@@ -277,7 +277,7 @@ def test_a_tirlab_environment_in_verifiers_reads_and_earns_the_same(limits):
     for trajectory, trace, reward, *parts in zip(ours.trajectories, traces, ours.rewards, ours.by_function["polite"], ours.by_function["brief"], ours.by_function["Shop"]):
         assert trace.reward == pytest.approx(reward, rel=1e-6)
         assert [trace.rewards[n].score if n in trace.rewards else None for n in ("polite", "brief", "Shop")] == [p if p is None else pytest.approx(p, rel=1e-6) for p in parts]
-    assert ours.metrics["words"] == sum(t.metrics["words"] for t in traces) / 3
+    assert ours.metrics["words"] == pytest.approx(sum(t.metrics["words"] for t in traces) / 3)
 
 
 def test_limits_of_verifiers_end_a_rollout_of_ours():

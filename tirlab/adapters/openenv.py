@@ -16,7 +16,7 @@ from datasets import Dataset
 from fastcore.basics import patch
 
 # %% ../../nbs/27_adapters/02_openenv.ipynb #a956a9e6
-from .background import wait_for
+from .background import in_background, wait_for
 from .task_set import TaskSet, need
 from ..core.settings import SettingError
 from ..core.trajectory import Turn
@@ -136,6 +136,11 @@ class Session:
         async def end(): await client.close()
         try: wait_for(end, 10)
         except Exception: pass   # the server may be gone
+
+    def __del__(self):
+        "End a session that nobody closed, as that of a rollout that was opened and never begun."
+        client, self._client = self._client, None
+        if client is not None: in_background(client.close)   # without waiting: garbage is collected on any thread
 
 async def _step(client, action): return await client.step(action)
 

@@ -100,7 +100,7 @@ class VerifiersRollout:
         self.env, self.task, self.shared, self.tools, self.loop = env, task, shared, [], RolloutLoop()
         self.trace = vf.Trace(task=described, state=state, agent=vf.AgentInfo(config=vf.AgentConfig()))
         self.episode = vf.Episode(env=vf.EnvInfo(id=env.config.env_id), task=described, traces=[self.trace])
-        self.talk, self.ended, self._asked, self._answer, self._last, self._running, self._handed = None, False, None, None, None, None, 0
+        self.talk, self.ended, self._asked, self._answer, self._last, self._running, self._handed, self.problem = None, False, None, None, None, None, 0, None
 
     def __del__(self):
         try: self.loop.close()
@@ -123,6 +123,7 @@ async def _advance(self: VerifiersRollout, segment=None):
     if self._running is None: self._running = asyncio.ensure_future(self._play())
     if segment is not None: self._answer.set_result(segment)
     await asyncio.wait({self._asked, self._running}, return_when=asyncio.FIRST_COMPLETED)
+    if self.problem: raise self.problem   # of another branch of `run`
     if not self._asked.done():
         self._running.result()   # raises what `run` raised
         return LEFT
@@ -147,7 +148,9 @@ class _NoBox:
 @asynccontextmanager
 async def opened(self: VerifiersRollout, task, seat, ending):
     "Open the interaction, and score the trace when it is left."
-    if self.talk: raise ValueError("the environment plays its task more than once in an episode, and a rollout is one try")
+    if self.talk:
+        self.problem = ValueError("the environment plays its task more than once in an episode, and a rollout is one try")
+        raise self.problem
     self.talk, self.trace.agent.name, invoke = Interaction(self, task), seat, need("verifiers", "verifiers.v1.utils.decorators").invoke
     async with AsyncExitStack() as stack:
         await invoke(task.setup, {"trace": self.trace, "runtime": _NoBox()})

@@ -24,7 +24,11 @@ class PhoneTask(vf.Task[vf.TaskData, vf.State, PhoneConfig]):
 async def plugged(trace) -> float: return 1 / 9
 
 
-class Phone(vf.Taskset[PhoneTask, vf.TasksetConfig]):
+class PhonesConfig(vf.TasksetConfig):
+    task: PhoneConfig = PhoneConfig()
+
+
+class Phone(vf.Taskset[PhoneTask, PhonesConfig]):
     def load(self):
         for name in ("Ada", "Bo"): yield PhoneTask(vf.TaskData(name=name, prompt=f"You are {name}.", system_prompt="Be brief."), self.config.task)
 
