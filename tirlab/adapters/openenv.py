@@ -139,8 +139,8 @@ class Session:
 
     def __del__(self):
         "End a session that nobody closed, as that of a rollout that was opened and never begun."
-        client, self._client = self._client, None
-        if client is not None: in_background(client.close)   # without waiting: garbage is collected on any thread
+        try: self._client and in_background(self._client.close)   # without waiting: garbage is collected on any thread
+        except Exception: pass   # the interpreter is ending
 
 async def _step(client, action): return await client.step(action)
 

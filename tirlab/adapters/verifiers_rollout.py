@@ -120,7 +120,9 @@ async def _play(self: VerifiersRollout):
 async def _advance(self: VerifiersRollout, segment=None):
     "Let `run` go on; return what it says as the user, None where it says nothing, or LEFT."
     self._asked = asyncio.get_running_loop().create_future()
-    if self._running is None: self._running = asyncio.ensure_future(self._play())
+    if self._running is None:
+        self._running = asyncio.ensure_future(self._play())
+        self._running.add_done_callback(lambda task: task.cancelled() or task.exception())   # asyncio logs an error that nobody looked at
     if segment is not None: self._answer.set_result(segment)
     await asyncio.wait({self._asked, self._running}, return_when=asyncio.FIRST_COMPLETED)
     if self.problem: raise self.problem   # of another branch of `run`
