@@ -6,7 +6,7 @@
 __all__ = ['open_task', 'open_environment', 'open_row', 'fit_results', 'rollout', 'run_async']
 
 # %% ../../nbs/20_rollout/05_loop.ipynb #4ebb3e15
-import asyncio, re, time
+import asyncio, inspect, re, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -179,10 +179,11 @@ def _observed(parsed, results, format, room, limits):
     return parsed.turn(results=fitted, observation_ids=_without_repeat(parsed, observation))
 
 # %% ../../nbs/20_rollout/05_loop.ipynb #63dde0d4
-def _user_reply(environment, parsed, format):
+async def _user_reply(environment, parsed, format):
     "Return the turn with the user's reply, and a format with the tools that came with it; None where the conversation is over."
     ask = getattr(environment, "_reply", None)
     with outside_loop(): reply = ask and ask(parsed.turn().message.get("content") or "")
+    if inspect.isawaitable(reply): reply = await reply
     if reply is None: return None
     text, more = reply
     turn = parsed.turn(observation_ids=_without_repeat(parsed, format.reply(text, parsed.has_end)), reply=text)
@@ -237,7 +238,9 @@ async def rollout(
             except EngineError as e: return Trajectory(prompt, [], StopReason.FAILED, str(e))
             if parsed is None: return done(StopReason.LENGTH if turns else StopReason.FAILED)
             stop, last = _ending(parsed, ids, rounds, limits), parsed.turn()
-            if reply := stop in (StopReason.ANSWER, StopReason.MALFORMED) and _user_reply(ask, parsed, format): turn, more = reply
+            try: reply = stop in (StopReason.ANSWER, StopReason.MALFORMED) and await _user_reply(ask, parsed, format)
+            except EngineError as e: return Trajectory(prompt, [], StopReason.FAILED, str(e))
+            if reply: turn, more = reply
             elif stop: return done(stop, last)
             else:
                 try: results = await _results(parsed, rounds, tools, limits, slots, loop, stopwatch)
