@@ -4,6 +4,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,21 @@ APP = Path(tirlab.app.__file__).parent
 PAGES = ("overview.py", "steps.py", "trajectories.py", "trajectory.py", "control.py", "compare.py", "dropped.py")
 
 
+@cache
+def registered():
+    "The pages that the app registers as it runs, here without a run folder."
+    return AppTest.from_file(str(APP / "main.py"), default_timeout=60).run()._registered_pages
+
+
 def app(monkeypatch, run, page="overview.py", **query):
     "A page of the app, run once."
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    pages = registered()
     monkeypatch.setattr(sys, "argv", ["main.py", *([str(run)] if run else [])])
     test = AppTest.from_file(str(APP / "main.py"), default_timeout=60)
+    test._registered_pages = pages   # else the overview would have to be drawn before each page
     test.query_params.update(query)
-    test.run()
-    if page != "overview.py":
-        test.switch_page(page).run()
+    test.switch_page(page).run()
     assert not test.exception
     return test
 

@@ -1,30 +1,19 @@
 """The replay page without a browser: what it hands over for every state of a run. In a browser: test_app_browser.py."""
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from streamlit.testing.v1 import AppTest
+import test_app
 from trace_rows import CONTROL, make_row, make_run
 
-import tirlab.app
 from tirlab.app.messages import formulas, inert, outside_code
 from tirlab.traces.run import Run, RunWriter, TraceRow, trace_id
-
-APP = Path(tirlab.app.__file__).parent
 
 
 def app(monkeypatch, run, **query):
     "The replay page, run once."
-    monkeypatch.setattr(sys, "argv", ["main.py", str(run)])
-    test = AppTest.from_file(str(APP / "main.py"), default_timeout=60)
-    test.run().switch_page("trajectory.py")
-    test.query_params.update(query)
-    test.run()
-    assert not test.exception
-    return test
+    return test_app.app(monkeypatch, run, "trajectory.py", **query)
 
 
 def words(test):

@@ -107,7 +107,7 @@ def test_timeouts_leave_partial_results_marked_and_the_same_call_goes_on(tmp_pat
         if body["messages"][0]["content"] == slow: mended.wait(60)
         return solve(body)
     with server(say) as url:
-        words = ["eval", f"endpoint={url}", "model=stub", "tasks=arithmetic", "n=6", "timeout=2", "retries=0", f"out={tmp_path}/run"]
+        words = ["eval", f"endpoint={url}", "model=stub", "tasks=arithmetic", "n=6", "timeout=4", "retries=0", f"out={tmp_path}/run"]
         assert cli.main(words) == 1
         shown = capsys.readouterr()
         assert "Not complete: 1 tries failed" in shown.out and "timed out" in shown.out
