@@ -308,7 +308,7 @@ def test_a_sandbox_fault_never_becomes_an_observation():
 def test_an_engine_with_other_weights_is_found_out(tmp_path):
     "The canary: an engine whose copy is stale stops the run, one whose copy is right does not."
     def go(folder, stale):
-        t = trainer(folder, max_steps=2, max_completion_length=48)
+        t = trainer(folder, max_steps=2)
         theirs = AutoModelForCausalLM.from_pretrained(tiny_policy())
         class Copy(GenerateEngine):
             def ready(self, version=0):
