@@ -2,7 +2,7 @@
 
 import gc
 
-LONG = ("test_interleave", "test_trainer", "test_trl_suite", "test_recipes", "test_parity", "test_resume", "test_app", "test_sandbox_attacks", "test_families")
+LONG = ("test_interleave", "test_trainer", "test_trl_suite", "test_recipes", "test_parity", "test_resume", "test_app_browser", "test_sandbox_attacks", "test_families")
 
 
 def pytest_collection_modifyitems(items):

@@ -30,7 +30,7 @@ from tirlab.core.tiny import tiny_policy
 from tirlab.traces.run import open_run
 
 ROOT = Path(__file__).parents[2]
-SMALL = dict(max_steps="3", num_generations="4", per_device_train_batch_size="8", steps_per_generation="1", max_completion_length="96", max_turn_length="48", n="8", level="1",
+SMALL = dict(max_steps="3", num_generations="4", per_device_train_batch_size="8", steps_per_generation="1", max_completion_length="64", max_turn_length="32", n="8", level="1",
              learning_rate="1e-4", save_strategy="no", report_to="none")
 
 
