@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ToolCall', 'Observation', 'ToolError', 'ToolResult', 'TurnKind', 'Turn', 'StopReason', 'Trajectory', 'one_line',
-           'outline', 'without_nulls']
+           'outline', 'rollout_lines', 'without_nulls']
 
 # %% ../../nbs/00_core/00_trajectory.ipynb #6ce743d2
 from dataclasses import dataclass, field
@@ -201,6 +201,20 @@ def __repr__(self: Trajectory) -> str:
     facts = [f"Trajectory of {n} turn{'s' * (n != 1)}", f"ended by {self.stop.value}", self.origin if self.origin != "sampled" else "", f"hint: {one_line(self.hint, 60)}" if self.hint else ""]
     size = f"{len(self.prompt_ids)} tokens of prompt, {wrote} written by the model, {len(self.mask) - wrote} not"
     return outline([" · ".join(filter(None, facts)), size, *[one_line(f"error: {self.error}")] * bool(self.error)], [_turn_lines(j, t) for j, t in enumerate(self.turns)])
+
+# %% ../../nbs/00_core/00_trajectory.ipynb #59454386
+def rollout_lines(
+    trajectories: list[Trajectory],   # some
+    rewards: list[str],               # of each, as text
+    most: int = 12,                   # rollouts shown
+) -> list[str]:                       # a line of titles, and a line a rollout
+    "Return rollouts as a table: reward, why it ended, turns, tokens that the model wrote, and its last turn."
+    wide = max([6, *map(len, rewards[:most])])
+    said = lambda turn: str(turn.message.get("content") or "") or ", ".join(f"{c.name}(…)" for c in turn.calls)
+    last = lambda t: one_line(said(t.turns[-1]) if t.turns else t.error or "", 70)
+    lines = [f"{r:>{wide}}  {t.stop.value:9} {len(t.turns):5} {sum(t.mask):7}  {last(t)}" for t, r in zip(trajectories[:most], rewards)]
+    more = [f"… {len(trajectories) - most} more"] if len(trajectories) > most else []
+    return [f"{'reward':>{wide}}  {'ended by':9} {'turns':>5} {'tokens':>7}  last turn", *lines, *more]
 
 # %% ../../nbs/00_core/00_trajectory.ipynb #a4d5708c
 def _given(value):

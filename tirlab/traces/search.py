@@ -142,21 +142,28 @@ def _split(texts: pa.Array, pattern: str) -> list[tuple[str, str, str]]:
     marked = pc.replace_substring_regex(texts, pattern, f"{_MARK}\\1{_MARK}", max_replacements=1)
     return [tuple(t.split(_MARK, 2)) for t in marked.to_pylist()]
 
+def _first_tokens(runs: _Runs, at: np.ndarray, characters: list[int]) -> list[int]:
+    "Return the token of some runs, counted in their completion or prompt, that lies so many characters after the run's beginning."
+    end = np.cumsum(pc.fill_null(pc.utf8_length(runs.words), 0).to_numpy(zero_copy_only=False))   # characters up to the end of each token
+    begin = np.where(runs.start[at] > 0, end[runs.start[at] - 1], 0)
+    last = np.append(runs.start, len(end))[at + 1] - 1
+    return (np.minimum(np.searchsorted(end, begin + characters, "right"), last) - runs.offset[at]).tolist()
+
 def _hits(runs: _Runs, keep: np.ndarray, pattern: str, rows: pd.DataFrame) -> list[tuple]:
-    "Return the matches in runs that are kept: row, turn, and the hit; `rows` are the trajectories in the index."
+    "Return the matches in runs that are kept: row, token or -1, and the hit; `rows` are the trajectories in the index."
     ends = pa.array(np.append(runs.start, len(runs.words)), pa.int32())
     texts = pc.binary_join(pa.ListArray.from_arrays(ends, pc.fill_null(runs.words, "")), "")
     at = np.flatnonzero(keep & pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False))
-    found = []
-    for k, (before, match, after) in zip(at, _split(texts.take(pa.array(at)), pattern) if len(at) else ()):
-        lengths = pc.utf8_length(runs.words[runs.start[k]:ends[int(k) + 1].as_py()]).to_numpy(zero_copy_only=False)
-        token = int(runs.start[k] - runs.offset[k] + min(np.searchsorted(np.cumsum(lengths), len(before), "right"), max(len(lengths) - 1, 0)))
-        row, turn = int(runs.row[k]), int(runs.turn[k])
-        where = "prompt" if turn < 0 else "model" if runs.model[k] else "observation"
-        reward = rows.reward.iloc[row]
-        found.append((row, token if turn >= 0 else -1, Hit(rows.id.iloc[row], int(rows.step.iloc[row]), None if reward != reward else float(reward), where, None if turn < 0 else turn, token,
-                                                          before[-40:], match[:120], after[:80])))
-    return found
+    if not len(at): return []
+    found = _split(texts.take(pa.array(at)), pattern)
+    tokens = _first_tokens(runs, at, [len(before) for before, _, _ in found])
+    ids, steps, rewards = rows.id.tolist(), rows.step.tolist(), rows.reward.tolist()
+    hits = []
+    for (before, match, after), token, row, turn, model in zip(found, tokens, runs.row[at].tolist(), runs.turn[at].tolist(), runs.model[at].tolist()):
+        where = "prompt" if turn < 0 else "model" if model else "observation"
+        reward = None if rewards[row] != rewards[row] else rewards[row]
+        hits.append((row, token if turn >= 0 else -1, Hit(ids[row], int(steps[row]), reward, where, None if turn < 0 else turn, token, before[-40:], match[:120], after[:80])))
+    return hits
 
 # %% ../../nbs/45_traces/08_search.ipynb #70951cb2
 AT_ONCE = 64   # trajectories
