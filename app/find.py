@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 import pandas as pd
 import streamlit as st
 
-from tirlab.app.common import go_to, params, plain, ready, stop
+from tirlab.app.common import go_to, link, params, plain, ready, stop
 from tirlab.traces.run import Run
 from tirlab.traces.search import Hit, Searched, places, search_parts
 
@@ -66,6 +66,13 @@ def job_of(run: Run, index: pd.DataFrame, text: str, where: str, query: dict) ->
     return job
 
 
+def link_last_search(run: Run):
+    "Show a link to the last search of this run, whose places are still known."
+    job = st.session_state.get("search job")
+    if job is not None and job.key[0] == str(run.path):
+        link("trajectories", f"Last search: {job.key[1]}", icon=":material/history:", text=job.key[1], where=job.key[2])
+
+
 def place(hit: Hit) -> dict:
     "Return the query that opens a trajectory at a place; a prompt has no turn."
     return {"id": hit.id} | ({} if hit.turn is None else {"turn": hit.turn + 1, "token": hit.token})
@@ -98,8 +105,8 @@ def share(job: Job) -> float:
 
 def status(job: Job) -> str:
     "Return how far the search is."
-    found = f"{job.places:,} place{'s' * (job.places != 1)}" + f", the first {MOST:,} are shown" * (job.places > MOST)
-    return f"{found} in {job.done:,} of {len(job.facts):,} trajectories"
+    found = f"{job.places:,} place{'s' * (job.places != 1)}; {job.done:,} of {len(job.facts):,} trajectories searched"
+    return found + f"; the first {MOST:,} places are shown" * (job.places > MOST)
 
 
 def stop_button(job: Job):

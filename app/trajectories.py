@@ -5,7 +5,7 @@ import numpy as np
 import streamlit as st
 
 from tirlab.app.common import NOTHING_YET, bookmarks, go_to, link_trajectory, plain, ready, span, stop, current_run, watch
-from tirlab.app.find import WHERE, show_found
+from tirlab.app.find import WHERE, link_last_search, show_found
 from tirlab.plots.runs import STATES
 from tirlab.traces.search import places
 
@@ -98,6 +98,7 @@ text, where = query.pop("text"), query.pop("where")
 if text and where != "index":
     show_found(run, index, text, where, query)
     st.stop()
+link_last_search(run)
 try:
     matching = places(index, text=text, **query)
 except ValueError as e:

@@ -36,8 +36,8 @@ def step_line(
 ) -> str:
     "Return what is worth reading of a step as one line."
     numbers = [f"{name} {form.format(logged[key])}" for key, (name, form) in SHOWN.items() if isinstance(logged.get(key), (int, float))]
-    place = f"step {done:>{len(str(total))}}/{total}"
-    return "  ".join([place, *numbers, *[f"{seconds:5.1f} s"] * (seconds is not None), *[why] * bool(why)])
+    place, time = f"step {done:>{len(str(total))}}/{total}", "" if seconds is None else f"{seconds:5.1f} s"
+    return "  ".join(filter(None, [place, *numbers, time, why]))
 
 # %% ../../nbs/60_trainer/16_progress.ipynb #9f0a0390
 def evaluation_line(
