@@ -7,12 +7,14 @@ __all__ = ['Evaluation', 'Failures', 'evaluate', 'restore', 'evaluate_cells']
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #ccc950be
 import inspect, math, warnings
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #f2a733fc
 from datasets import Dataset
+from fastcore.basics import patch
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #48fbc3f1
 from ..rollout.calls import RolloutLimits, wrong_thread
@@ -25,7 +27,7 @@ from .sampler import Sampler, completions_of, schedule_of, with_padding
 from ..collapse.interventions import Clamp, bounds_of, clamped_engine
 from ..rollout.metrics import failing_tools
 from ..rollout.schedule import rollouts
-from ..core.trajectory import StopReason, ToolError, Trajectory
+from ..core.trajectory import StopReason, ToolError, Trajectory, rollout_lines
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #1a8e9e5b
 @dataclass(frozen=True)
@@ -49,6 +51,20 @@ class Evaluation:
     def estimates(self) -> dict[str, Estimate]:
         "avg@k and pass@1, 2, 4, ... k, with 95% intervals over rows."
         return summary([self.rewards[i:i + self.k] for i in range(0, len(self.rewards), self.k)])
+
+# %% ../../nbs/65_eval/00_evaluate.ipynb #322f90d2
+@patch
+def __repr__(self: Evaluation) -> str:
+    "Return the estimates, how rollouts ended, and some of them, in at most 20 lines."
+    n, unscored = len(self.rewards), sum(r is None for r in self.rewards)
+    head = f"Evaluation of {n} rollouts" + f", {self.k} of each of {n // self.k} rows" * (self.k > 1) + f", {unscored} without a reward" * bool(unscored)
+    lines = [f"{name:8} {x.mean:.3f}   95% interval {x.low:.3f} to {x.high:.3f}" for name, x in list(self.estimates().items())[:6]] if n else []
+    ends = Counter(t.stop.value for t in self.trajectories).most_common(4)
+    ended = ["ended by " + ", ".join(f"{stop} {c / len(self.trajectories):.0%}" for stop, c in ends)] * bool(ends)
+    means = {name: [v for v in values if v is not None] for name, values in self.by_function.items()}
+    by = ["mean of " + ", ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in list(means.items())[:4] if v)] * (len(means) > 1)
+    shown = rollout_lines(self.trajectories, ["–" if r is None else f"{r:g}" for r in self.rewards], 8) if self.trajectories else []
+    return "\n".join([head, *lines, *ended, *by, *shown])
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #877148df
 @dataclass

@@ -123,7 +123,7 @@ def recipe_sets(
     "Return what a recipe sets, with a learning rate for the model."
     own = train_settings(settings)
     rate = {"learning_rate": TINY_RATE} if is_tiny(own.model) else {}
-    return dict(output_dir="runs", disable_tqdm=True, save_steps=50, save_total_limit=2) | recipe(own.recipe) | rate
+    return dict(output_dir="runs", save_steps=50, save_total_limit=2) | recipe(own.recipe) | rate
 
 def rate_line(
     settings: dict[str, Any],   # of `read_train_settings`

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 # %% ../../nbs/45_traces/02_rows.ipynb #589be825
 from .files import as_float, clean_text, writing
+from .summaries import row_text
 
 # %% ../../nbs/45_traces/02_rows.ipynb #27d1a285
 FLOATS = {"logprob": "float32", "entropy": "float16", "surprise": "float16", "sampling_logprob": "float32", "advantage": "float32"}
@@ -110,6 +111,7 @@ class TraceRow:
     advantage: np.ndarray | None = None         # (T,) what the loss multiplied it by; NaN where there was none
     control: np.ndarray | None = None           # (T, K) log-probability of each control token named in `meta.json`, in nats; NaN where not scored
     def __post_init__(self): _settle(self)
+    def __repr__(self): return row_text(self)
 
 # %% ../../nbs/45_traces/02_rows.ipynb #62c024a0
 def unit_of(

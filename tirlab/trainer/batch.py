@@ -20,7 +20,7 @@ from ..config.tir_config import TIRConfig
 from ..algorithms.filters import overlong, plan_batch
 from ..algorithms.prompts import Curriculum, MoPPS, Replay, Uniform
 from .credit import group_reasons
-from ..core.trajectory import Trajectory
+from ..core.trajectory import Trajectory, one_line, rollout_lines
 
 # %% ../../nbs/60_trainer/02_batch.ipynb #b1b8c36e
 @dataclass
@@ -49,6 +49,8 @@ class Batch:
         "Return this process's part of something gathered."
         n = len(self.trajectories)
         return gathered[rank * n:(rank + 1) * n]
+
+    def __repr__(self): return _batch_text(self)
 
     @property
     def failed(self) -> list[bool]:
@@ -95,12 +97,35 @@ class Group:
     trajectories: list[Trajectory]     # G rollouts
     rewards: Tensor                    # (G, F) of each reward function, nan where it gave none
     prompts: list = field(default_factory=list)   # G prompts, with what `reset` returned
+    def __repr__(self): return _group_text(self)
 
 def task_name(
     row: dict,   # of the dataset
 ) -> str:
     "Return the name of a task: the same row, the same name."
     return hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
+
+# %% ../../nbs/60_trainer/02_batch.ipynb #2d5c2821
+def _scores(rewards):
+    "Return the rewards of each rollout as text."
+    return [" ".join("–" if x != x else f"{x:g}" for x in row) for row in rewards.tolist()]
+
+def _asked(prompt):
+    "Return the last message of a prompt, on one line."
+    return one_line(str((prompt[-1].get("content") if prompt else "") if isinstance(prompt, list) else prompt), 110)
+
+def _group_text(self) -> str:
+    "Return the task and the rollouts of a group, in at most 20 lines."
+    head = f"Group of {len(self.trajectories)} rollouts, mean reward {self.rewards.nansum(1).mean():.3g}"
+    return "\n".join([head, f"prompt: {_asked(self.row.get('prompt', ''))}", *rollout_lines(self.trajectories, _scores(self.rewards), 16)])
+
+def _batch_text(self) -> str:
+    "Return the facts of a batch and its first rollouts, in at most 20 lines."
+    n, whole = len(self.trajectories), len(self.rewards) == len(self.trajectories)   # else rewards are those of all processes
+    facts = [f"Batch of {n} rollouts", self.split, f"step {self.step}", f"mean reward {self.rewards.nansum(1).mean():.3g}" if len(self.rewards) else "no rewards yet"]
+    dropped = [f"{sum(d is not None for d in self.dropped)} dropped or masked"] * any(self.dropped)
+    unused = [f"{len(self.unused)} groups found no place"] * bool(self.unused)
+    return "\n".join([" · ".join(facts + dropped + unused), f"prompt: {_asked(self.prompts[0])}" if self.prompts else "no prompt", *rollout_lines(self.trajectories, _scores(self.rewards) if whole else [""] * n, 14)])
 
 # %% ../../nbs/60_trainer/02_batch.ipynb #04bb4fef
 def replayed(

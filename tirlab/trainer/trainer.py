@@ -40,6 +40,7 @@ from .handover import as_generated, log_lengths, log_tools, multi_turn, split_of
 from .inputs import brings_tools, tools_of_the_task
 from .objective import (ForgetMoments, Gradients, SkipEmptySteps, extra_terms, lesson_loss, lessons_of, log_gap, loss_inputs, note_gradients,
                                       record_scores, score_tokens, within_bounds)
+from .progress import ending, progress_callbacks
 from .recording import EmptySteps, OneHistory, free_folder, record_unused, recording, row_fields, write_down
 
 # %% ../../nbs/60_trainer/00_trainer.ipynb #7aac6e8e
@@ -112,7 +113,7 @@ def _set_up(self: TIRTrainer, train_dataset, interventions, supervision):
     self.canary = make_canary(self)
     for monitor in self.callback_handler.callbacks:
         if isinstance(monitor, CollapseMonitor): monitor.trainer = self
-    for callback in (SkipEmptySteps(self), EmptySteps(self), OneHistory(self), *[ForgetMoments(self)] * bool(args.reset_optimizer_steps)): self.add_callback(callback)
+    for callback in (SkipEmptySteps(self), EmptySteps(self), OneHistory(self), *[ForgetMoments(self)] * bool(args.reset_optimizer_steps), *progress_callbacks(self)): self.add_callback(callback)
 
 @patch(as_prop=True)
 def batch(self: TIRTrainer) -> Batch | None:
@@ -252,7 +253,7 @@ def train(self: TIRTrainer, resume_from_checkpoint=None, **kwargs):
     self._checked, self._step, self._buffered_inputs = False, 0, None   # what is left of a batch belongs to the training before
     self.weights_changed()
     if self.state.global_step and self.run_dir and not (resume or self.recorder): self.run_dir, self._run = free_folder(self.run_dir), None
-    with recording(self, resume, training=True): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    with ending(self), recording(self, resume, training=True): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 @patch
 def evaluate(self: TIRTrainer, *args, **kwargs):
