@@ -22,4 +22,5 @@ def pytest_collection_finish(session):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     "Where tests fork processes: begin with a copy of this one, before any test leaves something in it."
+    if "small" in sys.modules: sys.modules["small"].small_policy()   # the copies find it made
     if "forks" in sys.modules: sys.modules["forks"].start_server()

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from typing import Callable
 
@@ -14,6 +15,7 @@ _SERVER: list = []   # the connection to the process that forks, once it runs
 def _begin(target, args, said, env):
     os.environ.update(env)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # whoever runs the tests in the background has it ignored, and children inherit that
     if said is not None:
         with open(said, "w") as f:
             for stream in (1, 2): os.dup2(f.fileno(), stream)
@@ -65,6 +67,8 @@ class Forked:
 
     def is_alive(self): return self.join(0) is None
 
+    def kill(self): os.kill(self.pid, signal.SIGKILL)
+
 
 def forked(target: Callable, *args, said=None, **env) -> Forked:
     "A process that calls a function of a module; what it says goes to the file `said`."
@@ -75,7 +79,7 @@ def ended(process, seconds=300):
     "How a process ended: its exit code, or minus the signal; it is killed where it does not."
     code = process.join(seconds)
     if code is not None: return code
-    os.kill(process.pid, 9)
+    process.kill()
     return process.join()
 
 
