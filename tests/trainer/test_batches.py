@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from small import small_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer
 
@@ -41,7 +42,7 @@ def trainer(tmp_path, monkeypatch, steps=2, **options):
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted)
     common = dict(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), max_steps=steps, per_device_train_batch_size=2 * GROUP, num_generations=GROUP, engine="trl",
                   max_completion_length=300, learning_rate=1e-3, seed=3, save_strategy="no", disable_tqdm=True, report_to="none", lr_scheduler_type="constant")
-    return TIRTrainer(tiny_policy(), [reward], TIRConfig(**common | options), TASKS, environment_factory=PythonEnvironment)
+    return TIRTrainer(small_policy(), [reward], TIRConfig(**common | options), TASKS, environment_factory=PythonEnvironment)
 
 
 def rows_of(t):

@@ -7,13 +7,14 @@ from typing import get_args
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from small import small_policy
 from test_drift import AS_TEXT, ENDS, NO_PARSER, NO_TOOLS, OUTCOME, ends_of, tokenizer
 from test_trl_suite import multiply
 from transformers import AutoTokenizer, HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig
 from trl.experimental.async_grpo import AsyncGRPOConfig
 
-from tirlab.all import Clamp, PythonEnvironment, TIRConfig, TIRTrainer, answer_reward, make_tasks, tiny_policy
+from tirlab.all import Clamp, PythonEnvironment, TIRConfig, TIRTrainer, answer_reward, make_tasks
 
 SMALL = dict(per_device_train_batch_size=4, num_generations=4, max_completion_length=64, max_steps=1, learning_rate=1e-4, save_strategy="no", disable_tqdm=True, report_to="none", trace=False)
 TASKS = make_tasks("arithmetic", n=6)
@@ -23,7 +24,7 @@ def config(folder, **options): return TIRConfig(output_dir=str(folder / "out"), 
 
 
 def make(folder, options=None, **given):
-    given = dict(model=tiny_policy(), reward_funcs=[answer_reward], train_dataset=TASKS, environment_factory=PythonEnvironment) | given
+    given = dict(model=small_policy(), reward_funcs=[answer_reward], train_dataset=TASKS, environment_factory=PythonEnvironment) | given
     return TIRTrainer(args=given.pop("args", None) or config(folder, **options or {}), **given)
 
 
