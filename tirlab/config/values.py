@@ -9,7 +9,7 @@ __all__ = ['CHOICES', 'CALLED', 'refuse', 'check_types', 'load_callables', 'chec
 # %% ../../nbs/35_config/02_values.ipynb #87ce5ee2
 import inspect, re, warnings
 from numbers import Number
-from typing import Any, Callable, get_args
+from typing import Any, get_args
 
 # %% ../../nbs/35_config/02_values.ipynb #9cc17678
 import torch

@@ -7,7 +7,7 @@ __all__ = ['TIRTrainer', 'open_records']
 
 # %% ../../nbs/60_trainer/00_trainer.ipynb #03c7e73d
 import os, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Callable
 
 # %% ../../nbs/60_trainer/00_trainer.ipynb #de432a01
