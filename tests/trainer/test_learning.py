@@ -10,7 +10,7 @@ from small import small_policy
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
-from tirlab.algorithms.advantages import BY_TURN, ESTIMATORS
+from tirlab.algorithms.advantages import ESTIMATORS, tells_turns_apart
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
 from tirlab.algorithms.filters import has_answer, void_turns
 from tirlab.algorithms.losses import token_weights
@@ -83,7 +83,7 @@ def test_every_estimator_by_name(name, tmp_path, monkeypatch):
     inputs, loss, grad = batch_and_gradient(t)
     a = inputs["advantages"]
     assert a.isfinite().all() and grad.isfinite().all() and grad.any()
-    if name in BY_TURN:
+    if tells_turns_apart(name):
         turns = [[a[i, j].item() for j in range(len(x.turn_of_token)) if x.turn_of_token[j] == k] for i, x in enumerate(t.batch.trajectories) for k in range(len(x.turns))]
         assert all(len(set(x)) == 1 for x in turns) and any(len(set(a[i][torch.tensor(x.mask).bool().nonzero()[:, 0]].tolist())) > 1 for i, x in enumerate(t.batch.trajectories))
         for i, x in enumerate(t.batch.trajectories):
@@ -96,8 +96,8 @@ def test_grpo_and_its_estimator_agree(tmp_path, monkeypatch):
     "TRL's own advantages, and ours for the same rewards."
     t = trainer(tmp_path, monkeypatch)
     inputs, *_ = batch_and_gradient(t)
-    rewards, advantages, reasons = turn_credit(t, t.batch)
-    assert torch.allclose(advantages[:, 0], inputs["advantages"], atol=1e-6) and reasons == [None] * 8
+    rewards, advantages, reasons = turn_credit(t, t.batch, inputs)
+    assert torch.allclose(advantages, inputs["advantages"], atol=1e-6) and reasons == [None] * 8
 
 
 # ---- filters

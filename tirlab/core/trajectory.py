@@ -104,6 +104,7 @@ class Trajectory:
     error: str | None = None   # the error message, where the engine failed
     origin: str = "sampled"    # "sampled" for on-policy; or how supervision made it: "hinted", "demonstration", "replay", "reflection"
     hint: str | None = None    # text that was in the prompt when it was sampled, and is not in the prompt of the loss
+    turn_scores: dict[str, list[float]] = field(default_factory=dict)   # name of a turn reward -> what it gave to each turn, without weight
 
     @property
     def on_policy(self) -> bool:

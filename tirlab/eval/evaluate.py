@@ -25,6 +25,7 @@ from .estimates import Estimate, summary
 from .rewards import event_loop, score_rows
 from .sampler import Sampler, completions_of, schedule_of, with_padding
 from ..collapse.interventions import Clamp, bounds_of, clamped_engine
+from ..rewards.turn_rewards import score_turns, turn_functions
 from ..rollout.metrics import failing_tools
 from ..rollout.schedule import rollouts
 from ..core.trajectory import StopReason, ToolError, Trajectory, rollout_lines
@@ -151,10 +152,11 @@ def evaluate(
     template_kwargs: dict | None = None,    # further variables for the template, TRL's chat_template_kwargs
     reward_weights: list[float] | None = None,   # of the reward functions; None for 1
     trainer_state: Any = None,       # for rewards that read it; None for that of a finished run
+    turn_reward_funcs: list[Callable] | None = None,   # f(trajectory, row), as for the trainer: their results are in the trajectories' `turn_scores`, and in no reward
 ) -> Evaluation:
     """Roll out every row k times and score it; same seed, same result on a CPU. The global random generator is not used. Raises: ValueError, before anything
     is sampled, for what cannot work."""
-    dataset, done, scores, failures = as_rows(dataset), [], [], Failures()
+    dataset, done, scores, failures, by_turn = as_rows(dataset), [], [], Failures(), turn_functions(turn_reward_funcs)
     sampler, schedule = _sampler(model, tokenizer, environment_factory, tools, limits, engine, schedule, chat_template, template_kwargs)
     sampler, _ = check_cells({"": (dataset, call_format)}, sampler, reward, reward_weights, k)
     total, size = k * len(dataset), batch_size // k * k or batch_size   # tries of a row are scored together where they fit
@@ -163,7 +165,7 @@ def evaluate(
             rows, opened, batch = _rolled(sampler, dataset, range(start, min(start + size, total)), call_format, k, sampling, seed, schedule, loop)
             owned, asked = [o.environment for o in opened] if environment_factory else None, [o.messages for o in opened]
             scores.append(score_rows(rows, batch, reward, reward_weights, owned, asked, trainer_state, loop, completions_of(batch, opened, sampler.tokenizer)))
-            done += batch
+            done += [score_turns(t, row, by_turn, o.environment) for t, row, o in zip(batch, rows, opened)]
             failures.add(batch)
             if not start and start + size < total and (problem := failing_tools(batch)): warnings.warn(problem, stacklevel=2)   # long before the end
     failures.warn()
