@@ -28,7 +28,9 @@ def open_cached(path: str) -> Run:
 
 
 def run_name(path: Path) -> str:
-    "Return the name of a run: that of its folder, with the folder above where the name is a mere date and time."
+    "Return the name of a run: that of its folder, with the folder above where the name is a mere date and time; of one of several seeds that of the seed, with the folder above."
+    if seed := next((p for p in (path, path.parent) if re.fullmatch(r"seed-\d+", p.name)), None):
+        return f"{seed.parent.name}/{seed.name}"
     return f"{path.parent.name}/{path.name}" if re.fullmatch(r"run-\d{8}-\d{6}(-\d+)?", path.name) else path.name
 
 

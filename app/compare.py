@@ -1,10 +1,13 @@
 """Compare several runs: their curves, the settings in which they differ, and one prompt through all steps."""
+import os
+import re
 from pathlib import Path
 
 import streamlit as st
 
 from tirlab.traces.annotations import config_diff
 from tirlab.app.common import NOTHING_YET, chosen_run, go_to, open_cached, plain, ready, run_name, run_paths, stop, current_run, watch
+from tirlab.plots.bands import bands, seed_groups
 from tirlab.plots.runs import compare, task_rewards
 from tirlab.traces.run import RunError
 
@@ -46,6 +49,14 @@ def opened() -> dict:
     return runs
 
 
+def group_name(names: list[str]) -> str:
+    "Return what the names of the runs of a group have in common; the first where that is nothing."
+    if len(names) == 1:
+        return names[0]
+    common = re.sub(r"(seed)?[-_ /.]*$", "", os.path.commonprefix(names))
+    return common or names[0]
+
+
 def curves(runs):
     "Show the metrics of all runs."
     logged = {name: r.metrics() for name, r in runs.items()}
@@ -55,7 +66,12 @@ def curves(runs):
         return
     usual = [m for m in METRICS if m in names][:4] or names[:2]
     chosen = st.multiselect("Metrics", names, default=usual, key="metrics", bind="query-params") or usual
-    st.plotly_chart(compare(logged, {m: METRICS.get(m, m) for m in chosen}), config={"displayModeBar": False}, key="curves", alt="Metrics of several runs")
+    panels, groups = {m: METRICS.get(m, m) for m in chosen}, seed_groups({name: r.meta() for name, r in runs.items()})
+    several = any(len(g) > 1 for g in groups)
+    together = several and st.toggle("One band for the seeds of a setting", value=True, key="bands", bind="query-params",
+                                     help="Runs that differ in nothing but their seed become one line, their mean, with a band from the smallest to the largest")
+    figure = bands({group_name(g): [logged[n] for n in g] for g in groups}, panels) if together else compare(logged, panels)
+    st.plotly_chart(figure, config={"displayModeBar": False}, key="curves", alt="Metrics of several runs")
 
 
 def differences(runs):

@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from tirlab.traces.run import RunError, open_run
+from tirlab.traces.meta import RunError, read_meta, runs_below
 
 MAIN = Path(__file__).with_name("main.py")
 
@@ -26,12 +26,17 @@ def free_port() -> int:
 
 
 def folders(run_path: str | Path | list) -> list[Path]:
-    "Return run folders as absolute paths."
-    return [Path(p).resolve() for p in (run_path if isinstance(run_path, (list, tuple)) else [run_path])]
+    "Return run folders as absolute paths; of a folder that is none, those below it, the newest first. Raises: RunError where there is none."
+    given = [Path(p).resolve() for p in (run_path if isinstance(run_path, (list, tuple)) else [run_path])]
+    found = []
+    for path in given:
+        runs = runs_below(path)
+        found += runs if len(runs) == 1 else sorted(runs, key=lambda p: -(read_meta(p).get("created") or 0))
+    return list(dict.fromkeys(found))
 
 
 def command(
-    run_path: str | Path | list,   # a run folder, or several
+    run_path: str | Path | list,   # a run folder, a folder that holds runs, or several
     port: int,                # port on 127.0.0.1
     headless: bool = False,   # do not open a browser
 ) -> list[str]:               # arguments of the process
@@ -46,13 +51,12 @@ def command(
 
 
 def launch(
-    run_path: str | Path | list,   # a run folder, or several; the first is shown first
+    run_path: str | Path | list,   # a run folder, a folder that holds runs, or several; the first is shown first
     port: int | None = None,    # port on 127.0.0.1; None picks a free one
     headless: bool = False,     # do not open a browser
 ) -> int:                       # exit code of the server, 0 after Ctrl-C
-    "Serve the app until it is stopped. Raises: RunError if a folder is no run, the port is taken, or streamlit is missing."
-    for folder in folders(run_path):
-        open_run(folder)
+    "Serve the app until it is stopped. Raises: RunError if a folder is no run and holds none, the port is taken, or streamlit is missing."
+    run_path = folders(run_path)
     if importlib.util.find_spec("streamlit") is None:
         raise RunError('The app needs streamlit: pip install "tirlab[app]".')
     if port is not None:

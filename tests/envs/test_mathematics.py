@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from tirlab.envs import math_tasks as mathematics
-from tirlab.eval.settings import named_tasks
+from tirlab.eval.sources import task_source
 from tirlab.envs.math_tasks import BOXED, math_row, math_tasks, reference_answer
 from tirlab.rewards.outcome import math_reward
 
@@ -63,9 +63,9 @@ def test_the_hub_is_asked_by_its_names_and_failure_is_a_sentence(monkeypatch):
         if where == "nobody/nothing": raise ConnectionError("no route\nto host")
         return [{"question": "1+1?", "answer": "#### 2"}]
     monkeypatch.setattr(mathematics, "load_dataset", load)
-    rows, reward = named_tasks("gsm8k", n=1)
-    assert asked == [("openai/gsm8k", "main", "test")] and rows["answer"] == ["2"] and reward == "math"
-    with pytest.raises(ValueError, match=r"nobody/nothing could not be loaded \(ConnectionError: no route to host\).*local file"): named_tasks("nobody/nothing")
+    found = task_source("gsm8k", n=1)
+    assert asked == [("openai/gsm8k", "main", "test")] and found.rows["answer"] == ["2"] and found.rewards == [math_reward]
+    with pytest.raises(ValueError, match=r"nobody/nothing could not be loaded \(ConnectionError: no route to host\).*local file"): task_source("nobody/nothing")
 
 
 def test_math_verify_scores_them():
@@ -85,8 +85,8 @@ def test_answers_of_a_file_stay_as_they_stand(tmp_path, suffix):
     elif suffix == "parquet": pd.DataFrame(rows).to_parquet(path, index=False)
     elif suffix == "csv": path.write_text("problem,answer,level\n" + "".join(f"{r['problem']},{r['answer']},\n" for r in rows))
     else: path.write_bytes(("problem,answer,level\r\n" + "".join(f"\"{r['problem']}\",\"{r['answer']}\",\r\n" for r in rows)).encode("utf-8-sig"))
-    rows, reward = named_tasks(str(path))
-    assert rows["answer"] == AS_THEY_STAND and set(rows["level"]) == {None} and reward == "math"
+    found = task_source(str(path))
+    assert found.rows["answer"] == AS_THEY_STAND and set(found.rows["level"]) == {None} and found.rewards == [math_reward]
     path.write_text("problem,answer\n?,\n") if suffix.startswith("csv") else None
     if suffix.startswith("csv"):
         with pytest.raises(ValueError, match="Row 0 has no answer"): math_tasks(str(path))

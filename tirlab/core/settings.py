@@ -109,7 +109,8 @@ def _list(key, value, kind):
     if isinstance(value, str) and value.startswith("["):
         try: value = yaml.safe_load(value)
         except yaml.YAMLError: raise SettingError(f"{key}={value} is no list; write it as [a, b].", key, value) from None
-    return [read_value(key, v, (*get_args(kind), str)[0]) for v in (value if isinstance(value, list) else [value])]
+    of = (*get_args(kind), str)[0]
+    return [read_value(key, v, of) for v in (value if isinstance(value, list) else value.split(",") if isinstance(value, str) and of in (int, float) else [value])]
 
 def _dict(key, value):
     "Return a dict. Raises: SettingError where it is none."
@@ -203,13 +204,16 @@ def check_model(
 
 # %% ../../nbs/00_core/08_settings.ipynb #e35ffa36
 def template_text(
-    value: str | None,   # path of a Jinja file, or the template itself
+    value: str | None,   # path of a Jinja file, the template itself, or "plain" for the built-in one
 ) -> str | None:         # the template
     "Return a chat template. Raises: SettingError where the value is neither."
     if value is None or value == "null": return None
+    if value == "plain":
+        from .chat_templates import PLAIN_TEMPLATE
+        return PLAIN_TEMPLATE
     if "{{" in value or "{%" in value: return value
     try: text = Path(value).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise SettingError(f"chat_template={value} is no file that can be read, and no template either, which has {{{{ or {{% in it ({e}).", "chat_template", value) from None
+        raise SettingError(f"chat_template={value} is no file that can be read, and no template either, which has {{{{ or {{% in it; plain is built in ({e}).", "chat_template", value) from None
     if not text.strip(): raise SettingError(f"chat_template={value} is an empty file.", "chat_template", value)
     return text
