@@ -1908,6 +1908,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'tirlab/sandbox/program_locks.py'),
                                               'tirlab.sandbox.program_locks._one_process': ( '10_sandbox/program_locks.html#_one_process',
                                                                                              'tirlab/sandbox/program_locks.py'),
+                                              'tirlab.sandbox.program_locks.enter_for_all': ( '10_sandbox/program_locks.html#enter_for_all',
+                                                                                              'tirlab/sandbox/program_locks.py'),
                                               'tirlab.sandbox.program_locks.limit_processes': ( '10_sandbox/program_locks.html#limit_processes',
                                                                                                 'tirlab/sandbox/program_locks.py'),
                                               'tirlab.sandbox.program_locks.may_change_user': ( '10_sandbox/program_locks.html#may_change_user',
