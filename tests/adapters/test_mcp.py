@@ -21,7 +21,8 @@ from ports import own_port                                                      
 from datasets import Dataset                                                            # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer                            # noqa: E402
 
-from tirlab.adapters.mcp import Session, client_loop, mcp_environment, result_text, tasks   # noqa: E402
+from tirlab.adapters.mcp import list_tools, mcp_environment, result_text, tasks          # noqa: E402
+from tirlab.adapters.mcp_sessions import Server, Session, client_loop                   # noqa: E402
 from tirlab.all import TIRConfig, TIRTrainer, evaluate, open_run, tiny_policy          # noqa: E402
 from tirlab.core.schemas import tool_schemas                                            # noqa: E402
 from tirlab.core.trajectory import ToolCall, ToolError                                  # noqa: E402
@@ -187,7 +188,6 @@ def test_what_cannot_work_is_one_sentence(address, more, match):
 
 
 def test_a_server_that_never_answers_is_given_up():
-    from tirlab.adapters.mcp import Server, list_tools
     with pytest.raises(ValueError, match="no answer within 1 seconds"): list_tools(Server(f"{sys.executable} -c 'import time; time.sleep(60)'", start_timeout=1))
 
 

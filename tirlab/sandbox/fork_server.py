@@ -16,7 +16,7 @@ from tirlab.sandbox.child import _PLACES, converse, evaluate, reseed, run_once
 from tirlab.sandbox.cleanup import WATCH, Run, Slot, collect, finish, kill, reap, remove, removers, sweep, take_slot, tell, watch
 from tirlab.sandbox.locks import (_LIBC, Filter, address_space, apply_landlock, apply_limits, apply_seccomp, drop_capabilities, enter_namespaces,
                                   landlock_rules, readable_paths, make_filter, seccomp_filter)
-from tirlab.sandbox.program_locks import EXECUTE, FIRST_USER, limit_processes, may_change_user, program_filter, program_folders, program_rules
+from tirlab.sandbox.program_locks import EXECUTE, FIRST_USER, enter_for_all, limit_processes, may_change_user, program_filter, program_folders, program_rules
 from tirlab.sandbox.shell_driver import drive
 
 # %% ../../nbs/10_sandbox/04_fork_server.ipynb #a5a577e9
@@ -71,9 +71,10 @@ def become_driver(
     os.closerange(3 + len(keep), MAX_FD)
     _LIBC.prctl(SUBREAPER, 1, 0, 0, 0)
     user = FIRST_USER + os.getpid() if may_change_user() else None
-    if user: os.chmod(os.path.dirname(slot.home), 0o711), os.chown(slot.home, user, user)
     def lock(answers): limit_processes(user, request[6] + 8), _LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL), confine(request[1:], 5, 4, answers, locks)
-    try: drive(slot.home, ":".join(program_folders()), request[6], lock)
+    try:
+        if user: enter_for_all(os.path.dirname(slot.home)), os.chown(slot.home, user, user)
+        drive(slot.home, ":".join(program_folders()), request[6], lock)
     except OSError as e: os.write(3, f"!{e}".encode())
     os._exit(1)
 

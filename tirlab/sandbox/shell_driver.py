@@ -23,7 +23,7 @@ def quote(
 
 # %% ../../nbs/10_sandbox/09_shell_driver.ipynb #0b2f1543
 STATUS, OUT = 60, 61   # descriptors in bash
-HOME = b"/home/user"   # the name by which the model knows its folder
+HOME = b"/sandbox"   # the name by which the model knows its folder
 
 def status_line(
     number: int,   # of the command
