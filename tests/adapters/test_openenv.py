@@ -208,6 +208,19 @@ def test_a_rollout_whose_server_goes_away_is_dropped_with_the_reason():
     assert all(f"the OpenEnv server {address} was lost" in t.error for t in done.trajectories)
 
 
+def test_a_server_is_trained_on(tmp_path):
+    from tirlab.adapters.openenv import tasks
+    from tirlab.all import TIRConfig, TIRTrainer, tiny_policy
+    args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=96, max_turn_length=16, max_steps=2, learning_rate=1e-3,
+                     save_strategy="no", disable_tqdm=True, report_to="none")
+    with served(echo()) as server:
+        found = tasks(server, n=4, action_field="message", text_field="echoed", reward="sum")
+        trainer = TIRTrainer(tiny_policy(), [], args, found.rows, environment_factory=found.environment)
+        trainer.train()
+    replies = [m["content"] for t in trainer.batch.trajectories for m in t.messages if m["role"] == "user"]
+    assert replies and all(r == r.upper() for r in replies) and [e for e in trainer.state.log_history if e.get("rewards/OpenEnvEnvironment/mean", 0) > 0]
+
+
 # ---- and back
 
 class Shop:

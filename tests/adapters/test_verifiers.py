@@ -1,7 +1,6 @@
 """Environments of verifiers: what a rollout of ours reads and earns is what verifiers' own rollout reads and earns, and the other way round."""
 
 import asyncio
-import logging
 import sys
 from pathlib import Path
 
@@ -224,6 +223,21 @@ if __name__ == "__main__": Search.run()"""
     assert [t.results[1].content for t in ours.trajectories] == ["c [] 2 1"] * 3 and ours.rewards == [2.0] * 3
 
 
+def test_a_taskset_is_trained_on(tmp_path):
+    "A step with the tiny policy: tools, turns of a user and rewards arrive in TRL."
+    from tirlab.adapters.verifiers import tasks
+    from tirlab.all import TIRConfig, TIRTrainer, tiny_policy
+    for name, options in (("vf_sales", {}), ("vf_phone", {})):
+        found, out = tasks(name, **options), tmp_path / name
+        args = TIRConfig(output_dir=str(out), run_dir=str(out / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=96, max_turn_length=16, max_steps=2, learning_rate=1e-3,
+                         save_strategy="no", disable_tqdm=True, report_to="none")
+        trainer = TIRTrainer(tiny_policy(), found.rewards, args, found.rows, environment_factory=found.environment)
+        trainer.train()
+        logged = [entry[f"rewards/{name}/mean"] for entry in trainer.state.log_history if f"rewards/{name}/mean" in entry]
+        assert len(logged) == 2 and all(x == x for x in logged)
+        assert name == "vf_sales" or any(m["role"] == "user" for t in trainer.batch.trajectories for m in t.messages)
+
+
 # ---- and back
 
 class Shop:
@@ -274,7 +288,7 @@ def test_a_tirlab_environment_in_verifiers_reads_and_earns_the_same(limits):
     sent = [(b["messages"], b["tools"]) for b in seen[len(mine):]]
     key = lambda x: (x[0][1]["content"], len(x[0]))
     assert sorted(sent, key=key) == sorted(mine, key=key)   # every request is the same, to the letter
-    for trajectory, trace, reward, *parts in zip(ours.trajectories, traces, ours.rewards, ours.by_function["polite"], ours.by_function["brief"], ours.by_function["Shop"]):
+    for trace, reward, *parts in zip(traces, ours.rewards, ours.by_function["polite"], ours.by_function["brief"], ours.by_function["Shop"]):
         assert trace.reward == pytest.approx(reward, rel=1e-6)
         assert [trace.rewards[n].score if n in trace.rewards else None for n in ("polite", "brief", "Shop")] == [p if p is None else pytest.approx(p, rel=1e-6) for p in parts]
     assert ours.metrics["words"] == pytest.approx(sum(t.metrics["words"] for t in traces) / 3)

@@ -27,8 +27,9 @@ class Game:
 
 class Ends(PythonEnvironment):
     "Ends the episode after a call, whatever it returned."
-    def _over(self, turns): self.seen = turns; return True
-    def get_reward(self): return float(len(self.seen[-1].results))
+    seen = 0.0
+    def _over(self, turns): self.seen = float(len(turns[-1].results)); return True
+    def get_reward(self): return self.seen
 
 
 class Chat(PythonEnvironment):

@@ -124,25 +124,30 @@ class Session:
         self.lost = None
         return self._call(begin, tries=3)
 
-    def step(self, action: dict) -> Any:   # openenv's StepResult
-        "Act. Raises: SandboxFault, RuntimeError."
-        if self.lost: raise SandboxFault(self.lost)
-        return self._call(lambda: _step(self._client, action))
+# %% ../../nbs/27_adapters/02_openenv.ipynb #8c9cf31f
+@patch
+def step(self: Session,
+    action: dict,   # as the server's schema has it
+) -> Any:           # openenv's StepResult
+    "Act. Raises: SandboxFault, RuntimeError."
+    if self.lost: raise SandboxFault(self.lost)
+    async def act(): return await self._client.step(action)
+    return self._call(act)
 
-    def close(self) -> None:
-        "End the session, so that the server has room for another."
-        client, self._client = self._client, None
-        if client is None: return
-        async def end(): await client.close()
-        try: wait_for(end, 10)
-        except Exception: pass   # the server may be gone
+@patch
+def close(self: Session) -> None:
+    "End the session, so that the server has room for another."
+    client, self._client = self._client, None
+    if client is None: return
+    async def end(): await client.close()
+    try: wait_for(end, 10)
+    except Exception: pass   # the server may be gone
 
-    def __del__(self):
-        "End a session that nobody closed, as that of a rollout that was opened and never begun."
-        try: self._client and in_background(self._client.close)   # without waiting: garbage is collected on any thread
-        except Exception: pass   # the interpreter is ending
-
-async def _step(client, action): return await client.step(action)
+@patch
+def __del__(self: Session):
+    "End a session that nobody closed, as that of a rollout that was opened and never begun."
+    try: self._client and in_background(self._client.close)   # without waiting: garbage is collected on any thread
+    except Exception: pass   # the interpreter is ending
 
 # %% ../../nbs/27_adapters/02_openenv.ipynb #fe58ed7c
 class OpenEnvEnvironment:

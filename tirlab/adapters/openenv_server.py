@@ -6,12 +6,13 @@
 __all__ = ['Episode', 'environment_class', 'openenv_app', 'serve_openenv']
 
 # %% ../../nbs/27_adapters/13_openenv_server.ipynb #046855e2
-import asyncio, socket, threading, time
+import ast, asyncio, socket, threading, time
 from contextlib import contextmanager
 from typing import Any, Callable
 
 # %% ../../nbs/27_adapters/13_openenv_server.ipynb #397a7452
 from datasets import Dataset
+from fastcore.basics import patch
 
 # %% ../../nbs/27_adapters/13_openenv_server.ipynb #5ba9fb0d
 from .export import Recipe, score_rollout, weighted
@@ -48,24 +49,29 @@ class Episode:
         if ended: self.end(StopReason.DONE)
         return result
 
-    def answer(self,
-        text: str,         # what the policy writes
-    ) -> str:              # the user's reply; "" where the episode is over
-        "Answer in words."
-        message, reply = {"role": "assistant", "content": text}, getattr(self.environment, "_reply", None)
-        with outside_loop(): said = reply and reply(text)
-        observed = [] if said is None else [{"role": "user", "content": said[0]}]
-        self.turns.append(Turn([message], message, TurnKind.RESPONSE, observation_ids=observed, reply=None if said is None else said[0]))
-        if said is None: self.end(StopReason.ANSWER)
-        else: self.tools |= {t.__name__: t for t in said[1]}
-        return "" if said is None else said[0]
+# %% ../../nbs/27_adapters/13_openenv_server.ipynb #70571a2b
+@patch
+def answer(self: Episode,
+    text: str,   # what the policy writes
+) -> str:        # the user's reply; "" where the episode is over
+    "Answer in words."
+    message, reply = {"role": "assistant", "content": text}, getattr(self.environment, "_reply", None)
+    with outside_loop(): said = reply and reply(text)
+    observed = [] if said is None else [{"role": "user", "content": said[0]}]
+    self.turns.append(Turn([message], message, TurnKind.RESPONSE, observation_ids=observed, reply=None if said is None else said[0]))
+    if said is None: self.end(StopReason.ANSWER)
+    else: self.tools |= {t.__name__: t for t in said[1]}
+    return "" if said is None else said[0]
 
-    def end(self, stop: StopReason) -> None:
-        "Close the environment and score the episode."
-        trajectory = Trajectory(self.messages, self.turns, stop)
-        getattr(self.environment, "_close", lambda: None)()
-        scored = run_async(lambda: score_rollout(self.recipe.rewards, self.row, self.messages, trajectory, self.environment))
-        self.done, self.reward = True, weighted(scored, self.recipe)
+@patch
+def end(self: Episode,
+    stop: StopReason,   # why the episode is over
+) -> None:
+    "Close the environment and score the episode."
+    trajectory = Trajectory(self.messages, self.turns, stop)
+    getattr(self.environment, "_close", lambda: None)()
+    scored = run_async(lambda: score_rollout(self.recipe.rewards, self.row, self.messages, trajectory, self.environment))
+    self.done, self.reward = True, weighted(scored, self.recipe)
 
 # %% ../../nbs/27_adapters/13_openenv_server.ipynb #2000b62f
 _ANSWER = {"type": "object", "properties": {"text": {"type": "string", "description": "What to say."}}, "required": ["text"]}
@@ -89,9 +95,17 @@ def _called(types, episode, name, arguments, answer_tool):
 
 def _message(text):
     "Return the message of an error as TRL writes it, `{'error': ...}`."
-    import ast
     try: return ast.literal_eval(text)["error"]
     except (ValueError, SyntaxError, KeyError, TypeError): return text
+
+def _reset_class(base):
+    "Return the class of what `reset` gives."
+    class Reset(base.Observation):
+        "The beginning of an episode."
+        text: str = ""              # what the environment says, behind the row's prompt
+        prompt: list[dict] = []     # messages of the row, with that text
+        tools: list[dict] = []      # what can be called
+    return Reset
 
 # %% ../../nbs/27_adapters/13_openenv_server.ipynb #636dde0e
 def environment_class(
@@ -102,12 +116,7 @@ def environment_class(
 ) -> type:                        # openenv's Environment
     "Return the class of which the server makes an instance for each session."
     base, types = need("openenv", "openenv.core.env_server"), need("openenv", "openenv.core.env_server.mcp_types")
-
-    class Reset(base.Observation):
-        "The beginning of an episode."
-        text: str = ""              # what the environment says, behind the row's prompt
-        prompt: list[dict] = []     # messages of the row, with that text
-        tools: list[dict] = []      # what can be called
+    Reset = _reset_class(base)
 
     class ServedEnvironment(base.Environment):
         "A tirlab environment."
