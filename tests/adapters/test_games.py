@@ -246,7 +246,7 @@ def test_a_game_that_its_move_breaks_is_over(monkeypatch):
 def test_a_game_in_tokens():
     row = adapter_tasks("textarena/GuessTheNumber-v0", n=1).rows[0]
     prompt, tools, format, environment, _ = open_row(dict(row), TOK, TextArenaTool)
-    assert list(tools) == ["act"] and "Guess The Number" in TOK.decode(prompt) and '"act"' in TOK.decode(prompt)
+    assert list(tools) == ["act"] and "Guess The Number" in TOK.decode(prompt) and "act(text)" in TOK.decode(prompt)
     assert list(open_row(dict(row), TOK, TextArenaEnvironment)[1]) == []
     assert observed(begin("GuessTheNumber-v0", row["seed"], SimpleNamespace(_random=None))) == row["first"] == row["prompt"][0]["content"]
 
