@@ -69,7 +69,7 @@ def observed(
     arena = need("textarena", "textarena")
     while isinstance(game, arena.Wrapper): game = game.env
     _, messages = game.get_observation()
-    return "\n".join(text for _, text, kind in messages if kind.name != "PLAYER_ACTION")
+    return "\n".join(text for _, text, kind in messages if isinstance(text, str) and getattr(kind, "name", "") != "PLAYER_ACTION")   # three games mix their moves up
 
 # %% ../../nbs/27_adapters/06_textarena.ipynb #cdbd2e00
 class TextArenaEnvironment:
@@ -103,8 +103,9 @@ class TextArenaEnvironment:
         return None if self._done else (said, [])
 
     def get_reward(self) -> float:
-        "Return what the game says was earned; 0 where it did not come to its end."
-        return float((self._rewards or {}).get(0, 0.0))
+        "Return what the game says was earned; 0 where it did not come to its end, or gives a text in the place of a number."
+        earned = (self._rewards or {}).get(0)
+        return float(earned) if isinstance(earned, (int, float)) else 0.0
 
 # %% ../../nbs/27_adapters/06_textarena.ipynb #325023b3
 class TextArenaTool(TextArenaEnvironment):
