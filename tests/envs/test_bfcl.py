@@ -132,7 +132,7 @@ def test_ground_truth_passes(call_format):
 
 def test_each_spoilt_call_scores_as_the_checker_says():
     few = [row_of(r["task_id"]) for r in SAMPLE[::5]]
-    bad = [spoilt(r, i, SPOILT[(i + k) % len(SPOILT)]) for r in few for i in range(count_calls(r)) for k in range(2)]
+    bad = [spoilt(r, i, SPOILT[(i + n) % len(SPOILT)]) for n, r in enumerate(few) for i in range(count_calls(r))]
     ours, theirs = replay(bad, TOK)[1], [float(verdict(r)) for r in bad]
     assert ours == theirs and 0 < sum(theirs) < len(bad) / 2
 
@@ -327,7 +327,7 @@ def test_the_trainer_rolls_it_out(several, tmp_path):
     from tirlab.all import Hints, OffPolicy, TIRConfig, TIRTrainer, demonstrate, tiny_policy
     rows = Dataset.from_list([row_of(t) for t in SHORT])
     args = TIRConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=6, num_generations=3, max_completion_length=1300, learning_rate=1e-4, seed=0, save_strategy="no",
-                     disable_tqdm=True, report_to="none", probe="off", trace=False, max_turn_length=60, max_tool_calling_iterations=12)
+                     disable_tqdm=True, report_to="none", probe="off", trace=False, max_turn_length=200, max_tool_calling_iterations=12)
     t = TIRTrainer(tiny_policy(), bfcl_reward, args, rows, environment_factory={"bfcl": BFCLEnvironment} if several else BFCLEnvironment, supervision=[OffPolicy(1), Hints(1)])
     t.current_gradient_accumulation_steps = 1
     t.model.train()
