@@ -11,7 +11,7 @@ from tirlab.app.common import go_to, link, params, plain, ready, stop
 from tirlab.traces.run import Run
 from tirlab.traces.search import Hit, Searched, places, search_parts
 
-WHERE = {"any": "Anywhere", "prompt": "Prompt", "model": "Written by the model", "observation": "Tool output", "index": "Beginnings, reference, id, task"}   # what is searched -> shown; the last is in the index
+WHERE = {"anywhere": "any", "prompt": "prompt", "model": "model", "tool output": "observation", "beginnings, id, task": "index"}   # shown, and in the address -> whose text; the last is in memory
 TICK, EVERY = .25, 2.0   # seconds of reading between two drawings of the bar, of the table
 MOST = 1000     # places that are kept and sent to the browser
 COLUMNS = {
@@ -61,7 +61,7 @@ def job_of(run: Run, index: pd.DataFrame, text: str, where: str, query: dict) ->
     job = st.session_state.get("search job")
     if job is None or job.key != key:
         rows = index[["id", "step", "reward", "file", "row", "prompt", "stop"]].take(places(index, **query))
-        job = Job(key, rows.set_index("id")[["prompt", "stop"]], search_parts(run, text, where, regex=True, rows=rows), len(index))
+        job = Job(key, rows.set_index("id")[["prompt", "stop"]], search_parts(run, text, WHERE[where], regex=True, rows=rows), len(index))
         st.session_state["search job"] = job
     return job
 

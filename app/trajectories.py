@@ -57,7 +57,7 @@ def filters() -> dict:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         found["text"] = st.text_input("Text", key="text", width=300, icon=":material/search:", placeholder="regular expression", **BOUND,
                                       help="In every turn of every trajectory that the other filters leave, newest step first")
-        found["where"] = st.selectbox("In", list(WHERE), key="where", format_func=WHERE.get, width=190, help="Whose text is searched", **BOUND)
+        found["where"] = st.selectbox("In", list(WHERE), key="where", width=190, help="Whose text is searched; beginnings of prompt and last turn, the reference, the id and the task are in memory", **BOUND)
         if last > first:
             found["steps"] = st.slider("Steps", first, last, (first, last), key="steps", width=230, **BOUND)
         if rewards.nunique() > 1:
@@ -95,7 +95,7 @@ def news(shown: int):
 show_bookmarks()
 query = filters()
 text, where = query.pop("text"), query.pop("where")
-if text and where != "index":
+if text and WHERE[where] != "index":
     show_found(run, index, text, where, query)
     st.stop()
 link_last_search(run)

@@ -146,11 +146,13 @@ def test_search_in_any_turn_of_any_step(eventful, monkeypatch):
     assert "No trajectory matches" in test.info[0].value
     test.text_input(key="text").set_value("(").run()
     assert "no regular expression" in test.info[0].value
-    test.selectbox(key="where").set_value("index")
+    test.selectbox(key="where").set_value("beginnings, id, task")
     test.text_input(key="text").set_value(r"answer: \d+").run()                        # the list, as it is in memory
     assert int(facts(test, "trajectories")["shown"]) == 32 == len(test.dataframe[0].value)
-    again = app(monkeypatch, eventful, "trajectories.py", text="nowhere at all")
-    assert "No trajectory matches" in again.info[0].value
+    again = app(monkeypatch, eventful, "trajectories.py", text="syntaxerror", where="prompt")
+    assert "No trajectory matches" in again.info[0].value and again.selectbox(key="where").value == "prompt"
+    test.text_input(key="text").set_value("").run()
+    assert any("text=syntaxerror&where=model" in query for query in links(test))
 
 
 def test_a_search_is_stopped_and_goes_on(eventful, monkeypatch):

@@ -14,14 +14,16 @@ from tirlab.traces.search import find, search, search_parts
 def run(tmp_path_factory):
     "Three steps of twenty trajectories: three row groups a file."
     make_run(path := tmp_path_factory.mktemp("search") / "run", steps=3, per_step=20)
-    return open_run(path)
+    run = open_run(path)
+    run.rows = {name: run.trajectory(name) for name in run.index().id}
+    return run
 
 
 def places(run, pattern, where="any", flags=re.IGNORECASE):
     "What a search must find, by Python: each run of tokens of one turn and one writer, and the prompt."
     found = set()
-    for name in run.index().id:
-        row, texts = run.trajectory(name), {}
+    for name, row in run.rows.items():
+        texts = {}
         for j, wrote, text in zip(row.turn.tolist(), row.mask.tolist(), row.text): texts[j, wrote] = texts.get((j, wrote), "") + text
         texts = {(j, "model" if wrote else "observation"): t for (j, wrote), t in texts.items()} | {(None, "prompt"): "".join(row.prompt_text)}
         found |= {(name, turn, whose) for (turn, whose), t in texts.items() if where in ("any", whose) and re.search(pattern, t, flags)}
@@ -36,7 +38,7 @@ def test_every_place_and_no_other(run, text, options):
     assert {(h.id, h.turn, h.where) for h in found} == places(run, pattern, options.get("where", "any"), 0 if options.get("case") else re.IGNORECASE)
     assert len({(h.id, h.turn, h.where) for h in found}) == len(found) and [h.step for h in found] == sorted((h.step for h in found), reverse=True)
     for h in found:
-        row = run.trajectory(h.id)
+        row = run.rows[h.id]
         pieces = row.prompt_text if h.where == "prompt" else row.text[h.token:]
         assert re.search(pattern, "".join(pieces), re.IGNORECASE) and (h.where == "prompt" or row.turn[h.token] == h.turn) and (h.reward, h.step) == (row.reward, row.step)
 

@@ -174,6 +174,13 @@ def resumed(
             raise SettingError(f"{key} is {now.get(key, 'not given')}, and was {before.get(key, 'not given')} when {folder} was begun; resume with the same settings.", key, now.get(key))
     return settings | ({"run_dir": run} if run else {})
 
+# %% ../../nbs/70_recipes/02_training.ipynb #5f384677
+def _keep_model(trainer, out):
+    "Save the model of a training that ended early, with no checkpoint of its last step, unless none is to be saved."
+    if trainer.args.save_strategy == "no" or final_checkpoint(trainer): return
+    trainer.save_model(os.path.join(out, "final"))
+    if trainer.is_world_process_zero(): print(f"Final model written to {os.path.join(out, 'final')}")
+
 # %% ../../nbs/70_recipes/02_training.ipynb #b110f752
 def _effects(trainer, settings, plan):
     "Print whose learning rate it is and what cannot act; count from now on what the recipe's options and the user's do."
@@ -186,12 +193,6 @@ def _effects(trainer, settings, plan):
     effects = Effects(trainer, {n: v for n, v in options.items() if n not in never})
     trainer.add_callback(effects)
     return effects
-
-def _keep_model(trainer, out):
-    "Save the model of a training that ended early, with no checkpoint of its last step, unless none is to be saved."
-    if trainer.args.save_strategy == "no" or final_checkpoint(trainer): return
-    trainer.save_model(os.path.join(out, "final"))
-    if trainer.is_world_process_zero(): print(f"Final model written to {os.path.join(out, 'final')}")
 
 def train_recipe(
     settings: dict[str, Any],   # of `read_train_settings`
