@@ -77,7 +77,7 @@ def expected(flaw, family, trajectory, syntax):
 @pytest.mark.parametrize("flaw", FLAWS)
 def test_rules_name_the_flaw(flaw, family, syntax):
     for level in (1, 2, 3):
-        failed, fine = failures(flaw, family, syntax, 8, level, seed=level)
+        failed, fine = failures(flaw, family, syntax, 4, level, seed=level)
         assert failed or flaw == "repeat"
         for case, t in failed:
             at, kind, words = find_mistake(case, syntax)
@@ -140,7 +140,7 @@ ROWS = {f: list(make_tasks(f, n=4)) for f in FAMILIES}
 PIECES = ["<tool_call>", "</tool_call>", "<tool_call>{}</tool_call>", "<|im_end|>", "```python\n", "\n```", "[book(day=1)]", "7", "", '<tool_call>{"name": "book", "arguments": {"day": [1]}}</tool_call>']
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(0, 3), st.sampled_from(sorted(SYNTAXES)),
        st.lists(st.lists(st.integers(0, 1) | st.sampled_from(PIECES) | st.text(max_size=30), max_size=3), min_size=1, max_size=5))
 def test_any_turns(family, n, syntax, turns):
@@ -367,7 +367,7 @@ def test_one_bad_analysis_is_left_out_and_counted(bad):
     def write(case, syntax): return good(case) if case.transcript == "fine" else BAD[bad]()
     limit = 500 if bad == "long" else 8192
     done, left, said = quietly(three, write, TOK, max_tokens=limit)
-    assert len(done) == 2 and left == {REASON[bad]: 1} and len(said) == 1 and said[0].startswith(f"Only 2 of 3 analyses can be learnt from ({REASON[bad]}: 1); the first")
+    assert len(done) == 2 and left == {REASON[bad]: 1} and len(said) == 1 and all(words in said[0] for words in ("2 of 3", f"{REASON[bad]}: 1"))
     with pytest.raises(RuntimeError, match=rf"None of 1 analyses .*{REASON[bad]}: 1") as e: reflect(three[1:2], write, TOK, max_tokens=limit)
     assert "\n" not in str(e.value) and len(str(e.value)) < 600
 

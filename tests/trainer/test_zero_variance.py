@@ -102,7 +102,7 @@ def test_one_infinite_reward_costs_its_rollout_and_no_more(advantage, tmp_path):
     for unscored in (None, INF, -INF):
         t = trained(tmp_path, [unscored] + rest, advantage=advantage, trace=False)
         said = [w for w in t.said if "infinite reward" in w]
-        assert t.moved > 0 and len(said) == (unscored is not None) and all("`reward` gave an infinite reward: such a rollout counts as unscored" in w for w in said)
+        assert t.moved > 0 and len(said) == (unscored is not None) and all("`reward`" in w for w in said)
         assert all(np.isfinite(m[k]) for m in t.state.log_history for k in ("reward", "reward_std", "loss") if k in m)
         weights.append([p.detach().clone() for p in t.model.parameters()])
     assert all(torch.equal(a, b) for other in weights[1:] for a, b in zip(weights[0], other))
