@@ -187,12 +187,12 @@ def check_columns(
         return
     have = getattr(dataset, "column_names", None)
     if have is None: return
-    if hasattr(dataset, "__len__") and not len(dataset): raise ValueError("The dataset has no rows; give one that has.")
+    if hasattr(dataset, "__len__") and not len(dataset): raise SettingError("The dataset has no rows; give one that has.", "dataset", dataset)
     need = {} if environment_factory else {"prompt": "the trainer reads prompts from"}
     if isinstance(environment_factory, dict): need["environment"] = "names each row's environment for the dict of environments"
     for f in filter(inspect.isfunction, reward_funcs): need |= {c: f"reward function `{f.__name__}` needs" for c in _wants(f)}
     for column, why in need.items():
-        if column not in have: raise ValueError(f"The dataset has no column `{column}`, which {why}; it has {', '.join(have)}. Add or rename it.")
+        if column not in have: raise SettingError(f"The dataset has no column `{column}`, which {why}; it has {', '.join(have)}. Add or rename it.", "dataset", dataset)
 
 # %% ../../nbs/35_config/00_tir_config.ipynb #88737fe2
 def check_tokenizer(
@@ -201,12 +201,12 @@ def check_tokenizer(
     conversational: bool,   # whether prompts are messages
 ) -> None:
     "Check that conversations can be rendered, and are of text alone. Raises: ValueError, in one sentence."
-    if hasattr(tokenizer, "image_processor"): raise ValueError(f"TIRTrainer is for text models and {name} reads images; use TRL's GRPOTrainer.")
+    if hasattr(tokenizer, "image_processor"): raise SettingError(f"TIRTrainer is for text models and {name} reads images; use TRL's GRPOTrainer.", "processing_class", tokenizer)
     kind = type(tokenizer).__name__
     if kind == "MistralCommonBackend" or not hasattr(tokenizer, "chat_template"):   # mistral-common renders conversations by itself
-        raise ValueError(f"{kind} is not supported, for it has no chat_template to render turns with; pass processing_class=PreTrainedTokenizerFast.from_pretrained({name!r}) with a chat_template set.")
+        raise SettingError(f"{kind} is not supported, for it has no chat_template to render turns with; pass processing_class=PreTrainedTokenizerFast.from_pretrained({name!r}) with a chat_template set.", "processing_class", tokenizer)
     if conversational and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"The checkpoint {name} has no chat template, so prompts cannot be rendered; use its instruct version, or pass processing_class= with a chat_template set.")
+        raise SettingError(f"The checkpoint {name} has no chat template, so prompts cannot be rendered; use its instruct version, or pass processing_class= with a chat_template set.", "processing_class", tokenizer)
 
 # %% ../../nbs/35_config/00_tir_config.ipynb #ca356b9e
 def check_budget(
@@ -218,4 +218,4 @@ def check_budget(
     need = {t.__name__: len(tokenizer.encode(render_call(ToolCall(t.__name__, {})), add_special_tokens=False)) + 1 for t in tools}
     for name, tokens in need.items():
         if max_completion_length < tokens:
-            raise ValueError(f"max_completion_length={max_completion_length} is too small for one turn: a call of `{name}` takes at least {tokens} tokens. Raise it.")
+            raise SettingError(f"max_completion_length={max_completion_length} is too small for one turn: a call of `{name}` takes at least {tokens} tokens. Raise it.", "max_completion_length", max_completion_length)
