@@ -29,6 +29,15 @@ def _arg(default, help):
     value = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
     return field(**value, metadata={"help": help})
 
+def _by_name(values): return {k: qualified_name(v) if k in CALLED and callable(v) else v for k, v in values.items()}
+
+def _copied(args, how):
+    "Return a copy of a configuration, functions included: pickling, by which Python copies, writes their names."
+    made = object.__new__(type(args))
+    made.__dict__ = how(args.__dict__)
+    return made
+
+# %% ../../nbs/35_config/00_tir_config.ipynb #af92e074
 @dataclass
 class TIRConfig(GRPOConfig):
     "Arguments of `TIRTrainer`: TRL's GRPOConfig and the following."
@@ -134,14 +143,7 @@ class TIRConfig(GRPOConfig):
     def __copy__(self): return _copied(self, copy.copy)
     def __deepcopy__(self, memo): return _copied(self, lambda d: copy.deepcopy(d, memo))
 
-def _by_name(values): return {k: qualified_name(v) if k in CALLED and callable(v) else v for k, v in values.items()}
-
-def _copied(args, how):
-    "Return a copy of a configuration, functions included: pickling, by which Python copies, writes their names."
-    made = object.__new__(type(args))
-    made.__dict__ = how(args.__dict__)
-    return made
-
+# %% ../../nbs/35_config/00_tir_config.ipynb #4b404938
 _KINDS = {f.name: f.type for f in fields(TIRConfig)}   # as declared: a command line's parser changes the types of fields
 
 # %% ../../nbs/35_config/00_tir_config.ipynb #53bfd3fb
