@@ -25,10 +25,10 @@ def row(rng):
     days = {f"{name} {n}": label, f"{name} {day}": rng.choice([label, f"full, use {n}"])}
     return dict(prompt=[{"role": "user", "content": asked}], answer=label, keys=json.dumps({f"{name} {n}": key}), boxes=json.dumps({key: label}), days=json.dumps(days))
 
-def rows(n=240, seed=0):
+def rows(n=96, seed=0):
     rng = random.Random(seed)
     return Dataset.from_list([row(rng) for _ in range(n)])
 
 if __name__ == "__main__":
-    args = TIRConfig(output_dir="shop", advantage="gtpo", max_steps=30, learning_rate=1e-3, per_device_train_batch_size=64, num_generations=8, max_completion_length=160)
+    args = TIRConfig(output_dir="shop", advantage="gtpo", max_steps=12, learning_rate=1e-3, per_device_train_batch_size=64, num_generations=8, max_completion_length=160)
     TIRTrainer(tiny_policy(), answer_reward, args, rows(), environment_factory=Shop).train()

@@ -70,6 +70,17 @@ def test_a_trajectory_by_its_link(tmp_path, monkeypatch):
     assert shown(test)[0]["id"] == row.id
 
 
+def test_turn_rewards_stand_in_the_header_by_name(tmp_path, monkeypatch):
+    row = make_row(1, 0)
+    scores = {"repeats": [-0.1 * j for j in range(len(row.turn_kinds))], "<b>": [0.5] * len(row.turn_kinds)}
+    path = write(tmp_path / "run", [make_row(1, 0, turn_scores=scores), make_row(1, 1)])
+    assert dict(Run(path).trajectory(row.id).turn_scores) == scores
+    facts, _ = shown(app(monkeypatch, path, id=row.id))
+    assert [t["scores"] for t in facts["turns"]] == [{name: values[j] for name, values in scores.items()} for j in range(len(row.turn_kinds))]
+    facts, _ = shown(app(monkeypatch, path, id=trace_id(1, 0, 1)))
+    assert all(t["scores"] == {} for t in facts["turns"])
+
+
 def test_all_that_was_measured_is_a_metric(tmp_path, monkeypatch):
     row = scored(make_row(1, 0))
     facts, table = shown(app(monkeypatch, write(tmp_path / "run", [row]), id=row.id))

@@ -48,7 +48,7 @@ def test_a_step(shop, tmp_path):
 @pytest.mark.slow
 def test_it_learns(shop, tmp_path):
     Shop, rows = shop
-    long = SHORT | dict(max_steps=30, per_device_train_batch_size=64, max_completion_length=160)
+    long = SHORT | dict(max_steps=12, per_device_train_batch_size=64, max_completion_length=160)
     t = TIRTrainer(tiny_policy(), answer_reward, TIRConfig(output_dir=str(tmp_path), advantage="gtpo", trace=False, **long), rows(), environment_factory=Shop)
     measure = lambda: evaluate(t.model, t.processing_class, rows(128, 99), Shop, answer_reward, limits=RolloutLimits(160)).success
     before = measure()

@@ -23,6 +23,7 @@ from trl.data_utils import is_conversational
 # %% ../../nbs/35_config/01_checks.ipynb #ad5797b1
 from .tir_config import TIRConfig, _wants, check_columns, check_tokenizer
 from ..core.chat_templates import with_template
+from ..core.settings import SettingError
 from ..envs.environments import check_environment, check_tool
 from ..core.trajectory import ToolResult
 
@@ -33,14 +34,14 @@ def check_model(
     "Check that there is something to train. Raises: ValueError, in one sentence."
     if not isinstance(model, str):
         if isinstance(model, torch.nn.Module) and hasattr(model, "config"): return
-        raise ValueError(f"model is a {type(model).__name__}; give a name, a folder, or a model that is loaded.")
+        raise SettingError(f"model is a {type(model).__name__}; give a name, a folder, or a model that is loaded.", "model", model)
     if os.path.isdir(model):
         inside = set(os.listdir(model))
         if inside & {"config.json", "adapter_config.json"}: return
         saved = sorted((f for f in inside if re.fullmatch(r"checkpoint-\d+", f)), key=lambda f: int(f[11:]))
         hint = f"a checkpoint lies inside: model={os.path.join(model, saved[-1])!r}" if saved else "give the folder that `save_pretrained` wrote"
-        raise ValueError(f"The folder {model} holds no model, for it has no config.json; {hint}.")
-    if model.startswith((".", "~", os.sep)) or model.count("/") > 1: raise ValueError(f"There is no folder {model}; give a checkpoint's folder or its name on the hub.")
+        raise SettingError(f"The folder {model} holds no model, for it has no config.json; {hint}.", "model", model)
+    if model.startswith((".", "~", os.sep)) or model.count("/") > 1: raise SettingError(f"There is no folder {model}; give a checkpoint's folder or its name on the hub.", "model", model)
 
 # %% ../../nbs/35_config/01_checks.ipynb #86a841ba
 def check_reporters(
@@ -49,28 +50,28 @@ def check_reporters(
     "Check that the packages that a run reports to are installed. Raises: ValueError, in one sentence."
     for name in report_to or []:
         known = getattr(integration_utils, f"is_{name}_available", None)
-        if known and not known(): raise ValueError(f"report_to={name!r} needs the package {name}, which is not installed: pip install {name}, or report_to='none'.")
+        if known and not known(): raise SettingError(f"report_to={name!r} needs the package {name}, which is not installed: pip install {name}, or report_to='none'.", "report_to", name)
 
 # %% ../../nbs/35_config/01_checks.ipynb #09a71c80
 def _check_reward(reward, name):
     "Raise ValueError for a reward that cannot score."
-    if isinstance(reward, type): raise ValueError(f"{name} is the class {reward.__name__}; give an instance of it, or a function.")
+    if isinstance(reward, type): raise SettingError(f"{name} is the class {reward.__name__}; give an instance of it, or a function.", "reward_funcs", reward)
     if not (isinstance(reward, str) or callable(reward)):
-        raise ValueError(f"{name} is a {type(reward).__name__}; give a function of completions that returns a list of numbers, or a reward model.")
+        raise SettingError(f"{name} is a {type(reward).__name__}; give a function of completions that returns a list of numbers, or a reward model.", "reward_funcs", reward)
     if not isinstance(reward, str): return
     from tirlab.rewards import outcome as rewards
-    if hasattr(rewards, reward): raise ValueError(f"{name} is the text {reward!r}; give the function: reward_funcs=[{reward}].")
+    if hasattr(rewards, reward): raise SettingError(f"{name} is the text {reward!r}; give the function: reward_funcs=[{reward}].", "reward_funcs", reward)
     try: AutoConfig.from_pretrained(reward)
     except (OSError, ValueError) as e:
         why = str(e).strip().splitlines()[0]
-        raise ValueError(f"{name} is the text {reward!r}, which is taken for a reward model's name, and no such model can be loaded ({why}); give a function.") from None
+        raise SettingError(f"{name} is the text {reward!r}, which is taken for a reward model's name, and no such model can be loaded ({why}); give a function.", "reward_funcs", reward) from None
 
 def check_rewards(
     reward_funcs: Any,   # as for the trainer
 ) -> None:
     "Check that rewards are functions or reward models. Raises: ValueError, in one sentence."
     many = isinstance(reward_funcs, list)
-    if isinstance(reward_funcs, (tuple, dict, set)): raise ValueError(f"reward_funcs is a {type(reward_funcs).__name__}; give one function or a list of them.")
+    if isinstance(reward_funcs, (tuple, dict, set)): raise SettingError(f"reward_funcs is a {type(reward_funcs).__name__}; give one function or a list of them.", "reward_funcs", reward_funcs)
     for i, reward in enumerate(reward_funcs if many else [reward_funcs] * (reward_funcs is not None)):
         if reward is not None: _check_reward(reward, f"reward_funcs[{i}]" if many else "reward_funcs")
 
@@ -81,11 +82,11 @@ def check_world(
 ) -> None:
     "Check that tools are a list and environments can be made. Raises: ValueError, in one sentence."
     if tools is not None and not isinstance(tools, (list, tuple)):
-        raise ValueError(f"tools is a {type(tools).__name__}; give a list of functions" + (f": tools=[{tools.__name__}]." if inspect.isroutine(tools) else "."))
-    if isinstance(environment_factory, dict) and not environment_factory: raise ValueError("environment_factory is an empty dict; give a class by each name of the column `environment`.")
+        raise SettingError(f"tools is a {type(tools).__name__}; give a list of functions" + (f": tools=[{tools.__name__}]." if inspect.isroutine(tools) else "."), "tools", tools)
+    if isinstance(environment_factory, dict) and not environment_factory: raise SettingError("environment_factory is an empty dict; give a class by each name of the column `environment`.", "environment_factory", environment_factory)
     for factory in environment_factory.values() if isinstance(environment_factory, dict) else [environment_factory]:
         if not (factory is None or callable(factory) or hasattr(factory, "reset")):
-            raise ValueError(f"environment_factory is {factory!r}, a {type(factory).__name__}; give a class, a function that makes an environment, or a dict of them by name.")
+            raise SettingError(f"environment_factory is {factory!r}, a {type(factory).__name__}; give a class, a function that makes an environment, or a dict of them by name.", "environment_factory", factory)
     check_environment(environment_factory)
 
 # %% ../../nbs/35_config/01_checks.ipynb #de34b2d2
@@ -106,16 +107,16 @@ def _check_evaluation(train_dataset, eval_dataset):
     for rows in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
         columns = getattr(rows, "column_names", None)
         if columns and "prompt" not in columns:
-            raise ValueError(f"The evaluation's rows have no column `prompt`, and those of the training set do; they have {', '.join(columns)}. Add or rename it.")
+            raise SettingError(f"The evaluation's rows have no column `prompt`, and those of the training set do; they have {', '.join(columns)}. Add or rename it.", "eval_dataset", eval_dataset)
 
 def _check_config(args, more):
     "Raise ValueError for configurations and arguments of other trainers."
     kind = type(args).__name__
     if "Async" in kind or "rollout_worker" in more:
-        raise ValueError(f"{kind if 'Async' in kind else 'rollout_worker='} belongs to TRL's AsyncGRPOTrainer, whose rollouts are made elsewhere; "
-                         "TIRTrainer makes them itself and takes a TIRConfig (schedule='eager' lets no rollout wait for another).")
-    if not isinstance(args, TIRConfig): raise ValueError(f"args is a {kind}; TIRTrainer takes a TIRConfig, which has all of GRPOConfig's arguments.")
-    if more.get("rollout_func"): raise ValueError("rollout_func replaces the rollouts that TIRTrainer makes; use TRL's GRPOTrainer with it.")
+        raise SettingError(f"{kind if 'Async' in kind else 'rollout_worker='} belongs to TRL's AsyncGRPOTrainer, whose rollouts are made elsewhere; "
+                         "TIRTrainer makes them itself and takes a TIRConfig (schedule='eager' lets no rollout wait for another).", "args", args)
+    if not isinstance(args, TIRConfig): raise SettingError(f"args is a {kind}; TIRTrainer takes a TIRConfig, which has all of GRPOConfig's arguments.", "args", args)
+    if more.get("rollout_func"): raise SettingError("rollout_func replaces the rollouts that TIRTrainer makes; use TRL's GRPOTrainer with it.", "rollout_func", more["rollout_func"])
 
 # %% ../../nbs/35_config/01_checks.ipynb #14950bde
 def check_arguments(
@@ -139,12 +140,12 @@ def check_arguments(
     _check_evaluation(train_dataset, eval_dataset)
     check_world(tools, environment_factory)
     if isinstance(processing_class, (str, type)):
-        raise ValueError(f"processing_class is {processing_class!r}; load the tokenizer: AutoTokenizer.from_pretrained(name).")
+        raise SettingError(f"processing_class is {processing_class!r}; load the tokenizer: AutoTokenizer.from_pretrained(name).", "processing_class", processing_class)
     for name in ("interventions", "supervision", "callbacks"):
         given = more.get(name)
-        if given is not None and not isinstance(given, (list, tuple)): raise ValueError(f"{name} is a {getattr(given, '__name__', type(given).__name__)}; give a list: {name}=[...].")
+        if given is not None and not isinstance(given, (list, tuple)): raise SettingError(f"{name} is a {getattr(given, '__name__', type(given).__name__)}; give a list: {name}=[...].", name, given)
     if not isinstance(more.get("optimizers", (None, None)), (tuple, list)) or len(more.get("optimizers", (None, None))) != 2:
-        raise ValueError("optimizers is not a pair; give (optimizer, scheduler), None for what is to be made.")
+        raise SettingError("optimizers is not a pair; give (optimizer, scheduler), None for what is to be made.", "optimizers", more["optimizers"])
     check_reporters(args.report_to)
 
 # %% ../../nbs/35_config/01_checks.ipynb #b1ee45e6
@@ -156,14 +157,14 @@ def check_batch(
     "Check that there are as many prompts as a batch takes. Raises: ValueError, in one sentence."
     take = args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, Dataset) and len(train_dataset) < take:
-        raise ValueError(f"The dataset has {len(train_dataset)} rows and a batch takes {take} prompts (generation_batch_size={args.generation_batch_size}, which is "
+        raise SettingError(f"The dataset has {len(train_dataset)} rows and a batch takes {take} prompts (generation_batch_size={args.generation_batch_size}, which is "
                          f"per_device_train_batch_size={args.per_device_train_batch_size} x {args.world_size} processes x steps_per_generation={args.steps_per_generation}, "
-                         f"/ num_generations={args.num_generations}), so no step would be done; give more rows or a smaller batch.")
+                         f"/ num_generations={args.num_generations}), so no step would be done; give more rows or a smaller batch.", "train_dataset", train_dataset)
     size = args.num_generations_eval or args.num_generations
     for rows in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
         if not (args.dataloader_drop_last and isinstance(rows, Dataset)) or len(rows) * size >= args.per_device_eval_batch_size * args.world_size: continue
-        raise ValueError(f"The evaluation has {len(rows)} rows x {size} rollouts, less than a batch of per_device_eval_batch_size={args.per_device_eval_batch_size} x "
-                         f"{args.world_size} processes, and dataloader_drop_last=True drops it; give more rows or dataloader_drop_last=False.")
+        raise SettingError(f"The evaluation has {len(rows)} rows x {size} rollouts, less than a batch of per_device_eval_batch_size={args.per_device_eval_batch_size} x "
+                         f"{args.world_size} processes, and dataloader_drop_last=True drops it; give more rows or dataloader_drop_last=False.", "eval_dataset", eval_dataset)
 
 # %% ../../nbs/35_config/01_checks.ipynb #01252c3a
 def _empty(value): return value is None or value == "" or value == []
@@ -178,7 +179,7 @@ def check_references(
         for column in _wants(reward):
             if column not in dataset.column_names or any(not _empty(v) for v in dataset[column]): continue
             problem = f"The column `{column}`, which reward function `{reward.__name__}` needs, is empty in all {len(dataset)} rows"
-            if reward.__module__.split(".")[0] in ("tirlab", "trl"): raise ValueError(f"{problem}, so that no answer is better than another; fill it, or rename the column with the references.")
+            if reward.__module__.split(".")[0] in ("tirlab", "trl"): raise SettingError(f"{problem}, so that no answer is better than another; fill it, or rename the column with the references.", "train_dataset", dataset)
             warnings.warn(f"{problem}. If its rewards do not depend on it, all is well.", stacklevel=3)
 
 # %% ../../nbs/35_config/01_checks.ipynb #bb83fb22
@@ -200,8 +201,8 @@ def check_pattern(
     if any(finds(_prompt_text(r.get("prompt") or "")) for r in rows) or finds(args.last_turn_prompt or ""): return
     if not answers and any(finds(w("0")) for w in write): return
     example = f", such as {args.answer_template.format(answers[0])!r}" if answers else ""
-    raise ValueError(f"answer_pattern={args.answer_pattern!r} finds nothing in the answers of {len(rows)} rows{example}, nor in their prompts, so that every turn would be void; "
-                     "a backslash is written twice in a pattern (\\\\boxed), or say with answer_template how an answer is written.")
+    raise SettingError(f"answer_pattern={args.answer_pattern!r} finds nothing in the answers of {len(rows)} rows{example}, nor in their prompts, so that every turn would be void; "
+                     "a backslash is written twice in a pattern (\\\\boxed), or say with answer_template how an answer is written.", "answer_pattern", args.answer_pattern)
 
 # %% ../../nbs/35_config/01_checks.ipynb #20030671
 def check_prompts(
@@ -215,8 +216,8 @@ def check_prompts(
     prompts = [row["prompt"] for row in islice(train_dataset, look)]
     if not prompts or is_conversational({"prompt": prompts[0]}): return
     if args.call_format:
-        raise ValueError(f"call_format={args.call_format!r} describes the tools in a conversation's system message, and these prompts are plain text; "
-                         'write them as [{"role": "user", "content": text}].')
+        raise SettingError(f"call_format={args.call_format!r} describes the tools in a conversation's system message, and these prompts are plain text; "
+                         'write them as [{"role": "user", "content": text}].', "call_format", args.call_format)
     names = [t.__name__ for t in tools]
     if names and not any(n in p for n in names for p in prompts):
         warnings.warn(f"The prompts are plain text, which is not rendered, and name none of the tools ({', '.join(names)}), so that the model is told of none; write prompts as messages "
@@ -231,7 +232,7 @@ def saying_call_format():
     try: yield
     except ValueError as e:
         if not any(t in str(e) for t in _TEMPLATES) or "call_format" in str(e): raise
-        raise ValueError(f"{str(e).rstrip()} With call_format='json' (or 'xml', 'fenced', 'list') in TIRConfig calls are written as text, which needs nothing of the template.") from None
+        raise SettingError(f"{str(e).rstrip()} With call_format='json' (or 'xml', 'fenced', 'list') in TIRConfig calls are written as text, which needs nothing of the template.", "call_format", None) from None
 
 def check_format(
     format: Any,           # ChatFormat or TextFormat of the trainer
@@ -244,7 +245,7 @@ def check_format(
         for ended in (True, False):
             if format.tools: format.observe([ToolResult("tool", "answer")], ended)
             if converses: format.reply("go on", ended)
-    except TemplateError as e: raise ValueError(f"The chat template cannot render a conversation with tools ({e}); use another template, or call_format='json' for calls as text.") from None
+    except TemplateError as e: raise SettingError(f"The chat template cannot render a conversation with tools ({e}); use another template, or call_format='json' for calls as text.", "chat_template", None) from None
 
 # %% ../../nbs/35_config/01_checks.ipynb #38d9d372
 def check_trainer(

@@ -29,6 +29,15 @@ def _arg(default, help):
     value = dict(default_factory=lambda: list(default)) if isinstance(default, list) else dict(default=default)
     return field(**value, metadata={"help": help})
 
+def _by_name(values): return {k: qualified_name(v) if k in CALLED and callable(v) else v for k, v in values.items()}
+
+def _copied(args, how):
+    "Return a copy of a configuration, functions included: pickling, by which Python copies, writes their names."
+    made = object.__new__(type(args))
+    made.__dict__ = how(args.__dict__)
+    return made
+
+# %% ../../nbs/35_config/00_tir_config.ipynb #af92e074
 @dataclass
 class TIRConfig(GRPOConfig):
     "Arguments of `TIRTrainer`: TRL's GRPOConfig and the following."
@@ -134,14 +143,7 @@ class TIRConfig(GRPOConfig):
     def __copy__(self): return _copied(self, copy.copy)
     def __deepcopy__(self, memo): return _copied(self, lambda d: copy.deepcopy(d, memo))
 
-def _by_name(values): return {k: qualified_name(v) if k in CALLED and callable(v) else v for k, v in values.items()}
-
-def _copied(args, how):
-    "Return a copy of a configuration, functions included: pickling, by which Python copies, writes their names."
-    made = object.__new__(type(args))
-    made.__dict__ = how(args.__dict__)
-    return made
-
+# %% ../../nbs/35_config/00_tir_config.ipynb #4b404938
 _KINDS = {f.name: f.type for f in fields(TIRConfig)}   # as declared: a command line's parser changes the types of fields
 
 # %% ../../nbs/35_config/00_tir_config.ipynb #53bfd3fb
@@ -187,12 +189,12 @@ def check_columns(
         return
     have = getattr(dataset, "column_names", None)
     if have is None: return
-    if hasattr(dataset, "__len__") and not len(dataset): raise ValueError("The dataset has no rows; give one that has.")
+    if hasattr(dataset, "__len__") and not len(dataset): raise SettingError("The dataset has no rows; give one that has.", "dataset", dataset)
     need = {} if environment_factory else {"prompt": "the trainer reads prompts from"}
     if isinstance(environment_factory, dict): need["environment"] = "names each row's environment for the dict of environments"
     for f in filter(inspect.isfunction, reward_funcs): need |= {c: f"reward function `{f.__name__}` needs" for c in _wants(f)}
     for column, why in need.items():
-        if column not in have: raise ValueError(f"The dataset has no column `{column}`, which {why}; it has {', '.join(have)}. Add or rename it.")
+        if column not in have: raise SettingError(f"The dataset has no column `{column}`, which {why}; it has {', '.join(have)}. Add or rename it.", "dataset", dataset)
 
 # %% ../../nbs/35_config/00_tir_config.ipynb #88737fe2
 def check_tokenizer(
@@ -201,12 +203,12 @@ def check_tokenizer(
     conversational: bool,   # whether prompts are messages
 ) -> None:
     "Check that conversations can be rendered, and are of text alone. Raises: ValueError, in one sentence."
-    if hasattr(tokenizer, "image_processor"): raise ValueError(f"TIRTrainer is for text models and {name} reads images; use TRL's GRPOTrainer.")
+    if hasattr(tokenizer, "image_processor"): raise SettingError(f"TIRTrainer is for text models and {name} reads images; use TRL's GRPOTrainer.", "processing_class", tokenizer)
     kind = type(tokenizer).__name__
     if kind == "MistralCommonBackend" or not hasattr(tokenizer, "chat_template"):   # mistral-common renders conversations by itself
-        raise ValueError(f"{kind} is not supported, for it has no chat_template to render turns with; pass processing_class=PreTrainedTokenizerFast.from_pretrained({name!r}) with a chat_template set.")
+        raise SettingError(f"{kind} is not supported, for it has no chat_template to render turns with; pass processing_class=PreTrainedTokenizerFast.from_pretrained({name!r}) with a chat_template set.", "processing_class", tokenizer)
     if conversational and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"The checkpoint {name} has no chat template, so prompts cannot be rendered; use its instruct version, or pass processing_class= with a chat_template set.")
+        raise SettingError(f"The checkpoint {name} has no chat template, so prompts cannot be rendered; use its instruct version, or pass processing_class= with a chat_template set.", "processing_class", tokenizer)
 
 # %% ../../nbs/35_config/00_tir_config.ipynb #ca356b9e
 def check_budget(
@@ -218,4 +220,4 @@ def check_budget(
     need = {t.__name__: len(tokenizer.encode(render_call(ToolCall(t.__name__, {})), add_special_tokens=False)) + 1 for t in tools}
     for name, tokens in need.items():
         if max_completion_length < tokens:
-            raise ValueError(f"max_completion_length={max_completion_length} is too small for one turn: a call of `{name}` takes at least {tokens} tokens. Raise it.")
+            raise SettingError(f"max_completion_length={max_completion_length} is too small for one turn: a call of `{name}` takes at least {tokens} tokens. Raise it.", "max_completion_length", max_completion_length)

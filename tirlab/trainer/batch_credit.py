@@ -110,7 +110,7 @@ def log_turn_rewards(
     batch: Batch,   # with rollouts
 ) -> None:
     "Log the mean of each turn reward over all turns, without weight."
-    if not trainer.turn_sources and not trainer.environment_factories: return
+    if not (trainer.turn_sources or trainer.rewards_turns): return
     sums = gather_object([(name, sum(values), len(values)) for t in batch.trajectories for name, values in t.turn_scores.items()])
     for name in dict.fromkeys(name for name, *_ in sums):
         total, turns = (sum(x) for x in zip(*(numbers for n, *numbers in sums if n == name)))
