@@ -81,6 +81,7 @@ def _messages(row, environment, tools):
     getattr(owner, "_close", lambda: None)()
     return messages
 
+# %% ../../nbs/65_eval/11_demonstrate.ipynb #8250dd1c
 def write_demonstrations(
     words: WrittenWords,   # of `read_written_words`
 ) -> dict[str, Any]:       # out, written, not_whole, mean_reward
