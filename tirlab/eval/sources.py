@@ -122,6 +122,7 @@ def _from_file(name, split, n, instruction, own, answers):
     if own or routed: return TaskSet(own_rows(rows, name, instruction, answers), WORLD if routed else None, [answer_reward] * routed)
     return TaskSet(math_tasks(name, split, n, BOXED if instruction is None else instruction, rows), {"python": PythonEnvironment}, [math_reward])
 
+# %% ../../nbs/65_eval/07_sources.ipynb #834213bb
 def task_source(
     name: str,                        # see `tirlab train settings tasks`
     split: str | None = None,         # None for the source's own
