@@ -53,7 +53,7 @@ def group_name(names: list[str]) -> str:
     "Return what the names of the runs of a group have in common; the first where that is nothing."
     if len(names) == 1:
         return names[0]
-    common = re.sub(r"(seed)?[-_ /.]*$", "", os.path.commonprefix(names))
+    common = re.sub(r"[-_ /.]*(seed)?[-_ /.]*$", "", os.path.commonprefix(names))
     return common or names[0]
 
 

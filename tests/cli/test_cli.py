@@ -152,11 +152,11 @@ def test_nobody_reads_on():
 def test_interrupted(capsys, monkeypatch):
     def interrupted(*args): raise KeyboardInterrupt
     monkeypatch.setattr(training, "train_recipe", interrupted)
-    assert cli.main(["train"]) == 130
+    assert cli.main(["train", "recipe=gtpo"]) == 130
     assert capsys.readouterr().err.startswith("tirlab: interrupted; ")
 
 
-@pytest.mark.parametrize("words", [["--help"], *([c, "--help"] for c in ("demo", "train", "eval", "app", "trace", "drift-check", "sandbox", "bench", "doctor"))], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], *([c, "--help"] for c in ("demo", "train", "eval", "app", "trace", "recipes", "environments", "demonstrate", "drift-check", "compare", "sandbox", "bench", "doctor"))], ids=" ".join)
 def test_help(words, capsys):
     with pytest.raises(SystemExit) as e: cli.main(words)
     assert e.value.code == 0 and capsys.readouterr().out.startswith("usage: tirlab")

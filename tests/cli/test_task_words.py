@@ -105,7 +105,7 @@ BAD = {   # words -> field, and a piece of the sentence
     "a family": (["tasks=aritmetic"], "the nearest is arithmetic"), "a file": (["tasks=nowhere.jsonl"], "There is no file nowhere.jsonl"), "no rows": (["tasks=empty.jsonl", *SHOPS], "tasks=empty.jsonl has no rows"),
     "no made rows": (["tasks=shop.py:empty", *SHOPS], "tasks=shop.py:empty has no rows"), "a number": (["tasks=shop.py:number", *SHOPS], "give a list of rows"), "raises": (["tasks=shop.py:broken", *SHOPS], "no such table"),
     "a hub name": (["tasks=bcfl/base"], "or did you mean bfcl"), "no module": (["tasks=bad.py:tasks", *SHOPS], "no_such_package"), "options": (["tasks=lookup", "task_options={a: 1}"], "task_options are of a function"),
-    "n": (["tasks=lookup", "n=0"], "n=0"), "level": (["tasks=lookup", "level=99"], "level=99 is not"), "a key": (["taskz=lookup"], "the nearest is tasks"),
+    "a split": (["tasks=lookup", "split=tets"], "the nearest is test"), "n": (["tasks=lookup", "n=0"], "n=0"), "level": (["tasks=lookup", "level=99"], "level=99 is not"), "a key": (["taskz=lookup"], "the nearest is tasks"),
     "no class": (["tasks=my.jsonl", "environment=shop.py:Shopp"], "the nearest name in it is Shop"), "an instance": (["tasks=my.jsonl", "environment=shop.py:shop"], "environment=shop.py:shop is an instance of Shop; give its class, shop.py:Shop"),
     "no environment": (["tasks=my.jsonl", "environment=shop.py:number"], "of the type int"), "a word": (["tasks=my.jsonl", "environment=pyton"], "the nearest is python"),
     "a narrow reset": (["tasks=my.jsonl", "environment=shop.py:Narrow"], "environment=shop.py:Narrow: `reset` of Narrow"), "a reset that raises": (["tasks=my.jsonl", "environment=shop.py:Breaks"], "the door is stuck"),
@@ -154,7 +154,7 @@ def test_demonstrations_and_drift_of_tasks_of_ones_own(desk, capsys, monkeypatch
     words = ["tasks=shop.py:make_tasks", "n=2", *SHOPS, "reward=answer", "call_format=json"]
     assert cli.main(["demonstrate", *words, "out=d.jsonl"]) == 0
     lines = [json.loads(line) for line in (desk / "d.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and lines[0]["reward"] == 1 and [m["role"] for m in lines[0]["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert len(lines) == 2 and lines[0]["reward"] == 2 and [m["role"] for m in lines[0]["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert len(lines[0]["mask"]) == len(lines[0]["completion_ids"]) > sum(lines[0]["mask"]) > 0
     assert cli.main(["drift-check", *words]) == 0
     assert "ok: the loss sees" in capsys.readouterr().out

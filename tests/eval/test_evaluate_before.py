@@ -145,11 +145,12 @@ def test_the_command_refuses_in_one_sentence_and_announces_nothing(words, said, 
 
 
 def test_drift_check_takes_a_template_and_refuses_a_run_folder(tmp_path, monkeypatch, capsys):
-    from tirlab.rollout import drift
+    from tirlab.eval import demonstrate
     seen = []
-    monkeypatch.setattr(drift, "drift_check_model", lambda *args, **more: seen.append(more) or SimpleNamespace(ok=True))
+    monkeypatch.setattr(demonstrate, "usable_format", lambda *args, chat_template: seen.append(chat_template) or SimpleNamespace(chat_template=chat_template))
+    monkeypatch.setattr(demonstrate, "drift_check", lambda format: demonstrate.DriftReport([]))
     (tmp_path / "t.jinja").write_text("{{ x }}")
-    assert cli.main(["drift-check", "--chat-template", f"{tmp_path}/t.jinja"]) == 0 and cli.main(["drift-check"]) == 0 and seen == [{"chat_template": "{{ x }}"}, {}]
+    assert cli.main(["drift-check", "--chat-template", f"{tmp_path}/t.jinja"]) == 0 and cli.main(["drift-check"]) == 0 and seen == ["{{ x }}", None]
     assert cli.main(["drift-check", "--chat-template", "no.jinja"]) == 2 and "no.jinja is no file that can be read" in capsys.readouterr().err
     (tmp_path / "meta.json").write_text("{}")
     assert cli.main(["drift-check", "--model", str(tmp_path)]) == 2 and "kept no checkpoint" in capsys.readouterr().err

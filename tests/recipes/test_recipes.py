@@ -280,7 +280,7 @@ def test_reading_settings_changes_nothing_for_others():
     (["gamma=2"], "gamma=2.0 is not between 0 and 1."),
     (["n=few"], "n=few should be a whole number."),
     (["level=99"], "level=99 is not a number from 1 to 10."),
-    (["tasks=chess"], "Unknown task family 'chess'"),
+    (["tasks=chess"], "Unknown tasks 'chess'"),
     (["config=/nowhere.yaml"], "/nowhere.yaml: No such file"),
     (["rounds=[2,2]"], "Recipe 'gtpo' has no rounds of supervised training, so rounds has no meaning"),
     (["sft_learning_rate=1"], "so sft_learning_rate has no meaning"),

@@ -7,7 +7,7 @@ __all__ = ['WrittenWords', 'read_written_words', 'demonstration_line', 'write_de
            'drift_report']
 
 # %% ../../nbs/65_eval/11_demonstrate.ipynb #402e330e
-import json
+import inspect, json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .rewards import score_rows
 from .task_words import TaskWords, task_set
 from ..rollout.calls import RolloutLimits
 from ..rollout.drift import REPAIRED, DriftReport, drift_check, load_ends, usable_format
-from ..rollout.loop import open_environment
+from ..rollout.loop import open_environment, run_async
 from ..supervision.demonstrations import demonstrate, is_whole
 
 # %% ../../nbs/65_eval/11_demonstrate.ipynb #55429aa6
@@ -75,12 +75,23 @@ def demonstration_line(
     "Return a demonstration as a line of a file."
     return dict(task=row.get("task"), messages=[*prompt, *t.messages], reward=reward, prompt_ids=t.prompt_ids, completion_ids=t.completion_ids, mask=t.mask)
 
-def _messages(row, environment, tools):
-    "Return the messages with which a rollout begins, with what `reset` said."
-    messages, _, owner, _ = open_environment(row, environment, tools, None)
-    getattr(owner, "_close", lambda: None)()
-    return messages
+def _replayed(row, t, found):
+    "Return the messages with which a rollout begins, and what its environment's `get_reward` gives to the same calls; None where it has none."
+    messages, tools, owner, _ = open_environment(row, found.environment, found.tools, None)
+    try:
+        if not hasattr(owner, "get_reward") or hasattr(owner, "_reply"): return messages, None
+        for call in t.calls: _called(tools[call.name], call.arguments)
+        return messages, _called(owner.get_reward, {})
+    finally: getattr(owner, "_close", lambda: None)()
 
+def _called(function, arguments):
+    "Call a tool or a `get_reward`, also a coroutine; an exception is what the model would have read."
+    try: made = function(**arguments)
+    except Exception: return None
+    async def wait(): return await made
+    return run_async(wait) if inspect.isawaitable(made) else made
+
+# %% ../../nbs/65_eval/11_demonstrate.ipynb #8250dd1c
 def write_demonstrations(
     words: WrittenWords,   # of `read_written_words`
 ) -> dict[str, Any]:       # out, written, not_whole, mean_reward
@@ -97,14 +108,20 @@ def write_demonstrations(
     rows, limits = [dict(r) for r in found.rows], RolloutLimits(words.max_completion_length, first_call_only=words.first_call_only)
     done = demonstrate(rows, tokenizer, found.environment, found.tools, words.call_format, limits, words.answer_template.format, ends, template)
     whole = [i for i, t in enumerate(done) if is_whole(t)]
-    scored = _scores(found, [rows[i] for i in whole], [done[i] for i in whole])
-    lines = [demonstration_line(rows[i], done[i], _messages(rows[i], found.environment, found.tools), r) for i, r in zip(whole, scored)]
+    replayed = [_replayed(rows[i], done[i], found) for i in whole]
+    scored = [_total(r, own) for r, (_, own) in zip(_scores(found, [rows[i] for i in whole], [done[i] for i in whole]), replayed)]
+    lines = [demonstration_line(rows[i], done[i], messages, r) for i, r, (messages, _) in zip(whole, scored, replayed)]
     place.write_text("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines), "utf-8")
     known = [r for r in scored if r is not None]
     return dict(out=words.out, written=len(whole), not_whole=len(done) - len(whole), mean_reward=sum(known) / len(known) if known else None)
 
+def _total(*rewards):
+    "Return the sum of the rewards that are there; None where none is."
+    known = [float(r) for r in rewards if r is not None]
+    return sum(known) if known else None
+
 def _scores(found, rows, done):
-    "Return the rewards of demonstrations; None where an environment would have to score them, which is closed by now."
+    "Return what reward functions give to demonstrations; None where they would read the environments, which are closed by now."
     if not done or not found.rewards: return [None] * len(done)
     try: return score_rows(rows, done, found.rewards).rewards
     except (KeyError, TypeError): return [None] * len(done)   # a reward that reads the environments

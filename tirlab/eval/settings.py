@@ -216,6 +216,7 @@ def eval_folder(
     name = "-".join(Path(str(part)).stem for part in (settings.model or "tiny", settings.tasks))
     return settings.out or str(Path("runs")/f"eval-{name}-{hashlib.blake2b(json.dumps(eval_config(settings), sort_keys=True, default=str).encode(), digest_size=4).hexdigest()}")
 
+# %% ../../nbs/65_eval/09_settings.ipynb #0f4995da
 def check_eval(
     settings: EvalSettings,   # of `read_eval_settings`
 ) -> None:
@@ -238,8 +239,8 @@ def run_eval(
     same = (lambda a, b: math_equal(f"\\boxed{{{a}}}", b)) if math_reward in tasks.rewards else None
     check_folder(eval_folder(settings), resume=True)   # before a model is loaded
     schedule = "auto" if settings.engine == "generate" or settings.endpoint else "eager"
-    return evaluate_run(eval_folder(settings), cells, sampler or eval_sampler(settings, tasks), tasks.rewards, settings.k, sampling, settings.seed, settings.batch_size, schedule, eval_config(settings),
-                        same, settings.reward_weights, begun=begun)
+    return evaluate_run(eval_folder(settings), cells, sampler or eval_sampler(settings, tasks), tasks.rewards, settings.k, sampling, settings.seed, settings.batch_size, schedule,
+                        eval_config(settings), same=same, reward_weights=settings.reward_weights, begun=begun)
 
 # %% ../../nbs/65_eval/09_settings.ipynb #417f155f
 def run_seeds(

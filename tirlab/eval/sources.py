@@ -16,7 +16,7 @@ from datasets import Dataset
 # %% ../../nbs/65_eval/07_sources.ipynb #5048881d
 from ..adapters.task_set import ADAPTERS, TaskSet, adapter_tasks
 from ..core.objects import load_objects
-from ..core.settings import SettingError
+from ..core.settings import SettingError, nearest
 from ..envs.bfcl import BFCLEnvironment, bfcl_reward, bfcl_tasks
 from ..envs.environments import PythonEnvironment
 from ..envs.math_tasks import BENCHMARKS, BOXED, SUFFIXES, json_values, math_tasks, read_rows, reference_answer
@@ -26,6 +26,7 @@ from ..rewards.outcome import answer_reward, math_reward
 # %% ../../nbs/65_eval/07_sources.ipynb #de896b18
 WORLD = {**ENVIRONMENTS, "python": PythonEnvironment, "bfcl": BFCLEnvironment}   # column `environment` -> class
 _BUILT_IN = (*FAMILIES, "all")
+_SPLITS = ("train", "test", "content_ood")
 
 def is_object(
     word: str,   # as typed
@@ -121,6 +122,7 @@ def _from_file(name, split, n, instruction, own, answers):
     if own or routed: return TaskSet(own_rows(rows, name, instruction, answers), WORLD if routed else None, [answer_reward] * routed)
     return TaskSet(math_tasks(name, split, n, BOXED if instruction is None else instruction, rows), {"python": PythonEnvironment}, [math_reward])
 
+# %% ../../nbs/65_eval/07_sources.ipynb #834213bb
 def task_source(
     name: str,                        # see `tirlab train settings tasks`
     split: str | None = None,         # None for the source's own
@@ -137,7 +139,9 @@ def task_source(
     if n is not None and n < 1: raise SettingError(f"n={n}: give at least one task.", "n", n)
     if options and kind not in ("adapter", "function"):
         raise SettingError(f"task_options are of a function or an adapter, and tasks={name} is neither.", "task_options", options)
-    if kind == "built-in": return TaskSet(make_tasks(name, split or "test", n or 64, seed, level, instruction), ENVIRONMENTS, [answer_reward])
+    if kind == "built-in":
+        if split not in (None, *_SPLITS): raise SettingError(f"split={split} is unknown; the nearest is {nearest(split, _SPLITS)}.", "split", split)
+        return TaskSet(make_tasks(name, split or "test", n or 64, seed, level, instruction), ENVIRONMENTS, [answer_reward])
     if kind == "adapter": return adapter_tasks(name, split, n, seed, **options or {})
     if kind == "function":
         made = _from_function(name, dict(n=n, split=split, seed=seed, level=level) | (options or {}), instruction, answers)

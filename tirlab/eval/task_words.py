@@ -189,6 +189,7 @@ def _saying(field, word, check, *args):
     except SettingError: raise
     except ValueError as e: raise SettingError(f"{field}={word}: {e}" if word else str(e), field, word) from None
 
+# %% ../../nbs/65_eval/08_task_words.ipynb #6a50eb2b
 def _first_rows(made, words):
     "Yield the number of the first row of each environment, and what makes it. Raises: SettingError for a name that is none."
     if made.environment is None: return

@@ -59,11 +59,17 @@ def is_done(
     return meta.get("status") == "finished" and (steps is None or meta.get("step", 0) >= int(steps))
 
 # %% ../../nbs/70_recipes/05_seeds.ipynb #35f3405d
+def _check_new(folder):
+    "Raise SettingError where a run was begun in a folder, with a checkpoint or without."
+    check_new(folder)
+    if run_of(folder): raise SettingError(f"{folder} already holds a run; resume it with --resume, or give another output_dir.", "output_dir", folder)
+
 def _release():
     "Let go of the model of the seed before."
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+# %% ../../nbs/70_recipes/05_seeds.ipynb #fee566aa
 def train_seeds(
     settings: dict[str, Any],   # of `read_train_settings`, with seeds
     resume: bool = False,       # pass over what is done, go on with what was begun
@@ -77,7 +83,7 @@ def train_seeds(
     folder = settings.get("output_dir") or free_folder(os.path.join("runs", time.strftime("train-%Y%m%d-%H%M%S")))
     each = seed_settings(settings, folder)
     if not resume:
-        for one in each.values(): check_new(one["output_dir"])
+        for one in each.values(): _check_new(one["output_dir"])
     # before anything is written: all processes see the same
     done = {s: is_done(one["output_dir"], settings.get("max_steps")) for s, one in each.items()}
     begun = {s: run_of(one["output_dir"]) is not None for s, one in each.items()}
