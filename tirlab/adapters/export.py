@@ -56,8 +56,10 @@ async def score_rollout(
     "Score one rollout as TRL scores a batch of one, the environment's own `get_reward` included."
     metrics, columns = {}, {k: [v] for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")}
     arguments = columns | ({} if environment is None else {"environments": [environment]}) | dict(
-        prompts=[prompt], completions=[trajectory.reward_messages or [{"role": "assistant", "content": ""}]], completion_ids=[trajectory.completion_ids],
-        trainer_state=TrainerState(epoch=1.0, global_step=1, max_steps=1), log_extra=lambda *_: None, log_metric=lambda name, value: metrics.update({name: float(value)}))
+        prompts=[prompt], completions=[trajectory.reward_messages or [{"role": "assistant", "content": ""}]],
+        completion_ids=[trajectory.completion_ids],
+        trainer_state=TrainerState(epoch=1.0, global_step=1, max_steps=1), log_extra=lambda *_: None,
+        log_metric=lambda name, value: metrics.update({name: float(value)}))
     values = {}
     for name, f in _reward_functions(rewards, environment).items():
         given = f(**arguments)
@@ -109,7 +111,9 @@ async def play_row(
     messages, named, owner, _ = open_environment(row, recipe.environment, recipe.tools)
     engine = endpoint.rollout_engine(recipe.limits.completion_tokens)
     format = EndpointFormat(engine, offered_tools(named), recipe.call_format, recipe.limits.first_call_only)
-    try: done = await rollout(format.prompt(messages), _Refusable(engine, trace), named, format, recipe.limits, sampling=Sampling(2**31), slots=asyncio.Semaphore(8), owner=owner)
+    try:
+        done = await rollout(format.prompt(messages), _Refusable(engine, trace), named, format, recipe.limits,
+                             sampling=Sampling(2**31), slots=asyncio.Semaphore(8), owner=owner)
     finally: getattr(owner, "_close", lambda: None)()
     if done.stop is StopReason.FAILED and not trace.num_turns: raise RuntimeError(done.error or "nothing was sampled")
     return messages, done, owner
@@ -156,7 +160,8 @@ def verifiers_package(
     """Return taskset, harness and env for a module of verifiers: write `globals().update(verifiers_package(Shop, rows, [polite]))` into `my_shop.py`, and `vf eval my_shop` evaluates it.
     Raises: ValueError for weights that are not one for each reward function."""
     vf, parse = need("verifiers", "verifiers.v1"), need("verifiers", "verifiers.v1.dialects").parse_message
-    if weights is not None and len(weights) != len(rewards or []): raise ValueError(f"weights has {len(weights)} numbers for {len(rewards or [])} reward functions; give one for each.")
+    if weights is not None and len(weights) != len(rewards or []):
+        raise ValueError(f"weights has {len(weights)} numbers for {len(rewards or [])} reward functions; give one for each.")
     recipe, played = Recipe(environment, list(rewards or []), tools, weights, limits, call_format), {}
     RowData, RowTask = _task(vf, recipe, played)
 
@@ -173,7 +178,8 @@ def verifiers_package(
     class LocalEnv(vf.Env[LocalConfig]):
         "One agent, in this process."
         async def run(self, task, agents): await agents.agent.run(task)
-    return dict(RowTaskset=RowTaskset, TirlabHarness=_harness(vf, recipe, played), LocalEnv=LocalEnv, __all__=["RowTaskset", "TirlabHarness", "LocalEnv"])
+    return dict(RowTaskset=RowTaskset, TirlabHarness=_harness(vf, recipe, played), LocalEnv=LocalEnv,
+                __all__=["RowTaskset", "TirlabHarness", "LocalEnv"])
 
 # %% ../../nbs/27_adapters/03_export.ipynb #d49ee844
 def as_verifiers(
@@ -184,8 +190,10 @@ def as_verifiers(
     **options: Any,                         # `tools`, `weights`, `limits`, `call_format`, as for `verifiers_package`
 ) -> Any:                                   # vf.Env
     "Return an environment of verifiers with the same tools, results, user and rewards. Raises: ValueError for a name that is no module's, or that a module has already."
-    if not name.isidentifier() or name != name.lower(): raise ValueError(f"name={name!r} is not the name of a module; use small letters, digits and _.")
-    if name in sys.modules and not getattr(sys.modules[name], "_of_tirlab", False): raise ValueError(f"There is a module called {name} already; choose another name.")
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"name={name!r} is not the name of a module; use small letters, digits and _.")
+    if name in sys.modules and not getattr(sys.modules[name], "_of_tirlab", False):
+        raise ValueError(f"There is a module called {name} already; choose another name.")
     module, vf = types.ModuleType(name), need("verifiers", "verifiers.v1")
     vars(module).update(verifiers_package(environment, rows, rewards, **options), _of_tirlab=True)
     for member in module.__all__: getattr(module, member).__module__ = name

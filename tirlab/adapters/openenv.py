@@ -31,12 +31,14 @@ def ask_server(
 ) -> Any:                      # its answer; None where it does not know the path
     "Ask an OpenEnv server a question over HTTP. Raises: SettingError, in one sentence, where it does not answer, or not in JSON."
     try: answer = httpx.request("GET" if body is None else "POST", url + path, json=body, timeout=seconds, trust_env=False)
-    except (httpx.HTTPError, httpx.InvalidURL) as e: raise SettingError(f"No OpenEnv server answers at {url} ({type(e).__name__}); start it first.", "tasks", url) from None
+    except (httpx.HTTPError, httpx.InvalidURL) as e:
+        raise SettingError(f"No OpenEnv server answers at {url} ({type(e).__name__}); start it first.", "tasks", url) from None
     if answer.status_code in (404, 405, 501): return None
     try:
         answer.raise_for_status()
         return answer.json()
-    except (httpx.HTTPError, ValueError): raise SettingError(f"{url}{path} answers with status {answer.status_code} and not as an OpenEnv server does.", "tasks", url) from None
+    except (httpx.HTTPError, ValueError):
+        raise SettingError(f"{url}{path} answers with status {answer.status_code} and not as an OpenEnv server does.", "tasks", url) from None
 
 # %% ../../nbs/27_adapters/02_openenv.ipynb #f91f194f
 def inline(
@@ -64,7 +66,8 @@ def tool_schema(
 ) -> dict:              # JSON schema of a tool
     "Return the JSON schema of a tool. Raises: ValueError for arguments that are no object with named fields."
     parameters = inline(parameters)
-    if parameters.get("type", "object") != "object" or any(k in parameters for k in ("anyOf", "oneOf", "allOf")): raise ValueError("it is not one object with named fields")
+    if parameters.get("type", "object") != "object" or any(k in parameters for k in ("anyOf", "oneOf", "allOf")):
+        raise ValueError("it is not one object with named fields")
     parameters["properties"] = {k: v for k, v in parameters.get("properties", {}).items() if k != "metadata"}
     parameters["required"] = [k for k in parameters.get("required", []) if k != "metadata"]
     kept = {k: v for k, v in parameters.items() if k in ("type", "properties", "required")}
@@ -92,7 +95,8 @@ def tool_text(
     "Return what an MCP tool returned, as text. Raises: RuntimeError with the server's message where it failed."
     if observation.get("error"): raise RuntimeError(str(observation["error"].get("message") or observation["error"]))
     result = observation.get("result")
-    if not isinstance(result, dict) or "content" not in result: return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+    if not isinstance(result, dict) or "content" not in result:
+        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
     text = "\n".join(b.get("text", "") for b in result["content"] if isinstance(b, dict) and b.get("type") == "text")
     if result.get("is_error"): raise RuntimeError(text)
     return text
@@ -161,7 +165,8 @@ class OpenEnvEnvironment:
         try: self._result = self._session.reset(**json.loads(reset))
         except SandboxFault: return ""   # the first call says so, and the rollout is dropped
         except RuntimeError as e:
-            if "CAPACITY" in str(e): raise RuntimeError(f"the server has no room for a further session; set its max_concurrent_envs to the rollouts of a batch ({e})") from None
+            if "CAPACITY" in str(e): raise RuntimeError(
+                f"the server has no room for a further session; set its max_concurrent_envs to the rollouts of a batch ({e})") from None
             raise
         return observation_text(self._result.observation, self._text_field)
 
@@ -221,26 +226,34 @@ def _resets(url, split, n, seed):
     "Return the arguments of `reset` and the prompt of each task."
     listed = _splits(url)
     if listed is None:
-        if split is not None: raise SettingError(f"The OpenEnv server {url} lists no tasks, so there is no split {split!r}; leave split out, and seeds make the tasks.", "split", split)
+        if split is not None:
+            raise SettingError(f"The OpenEnv server {url} lists no tasks, so there is no split {split!r}; leave split out, and seeds make the tasks.", "split", split)
         return [({"seed": seed + i}, None) for i in range(64 if n is None else n)]
     name, splits = listed
     split = splits[0] if split is None else split
-    if split not in splits: raise SettingError(f"The OpenEnv server {url} has no split {split!r}; it has {', '.join(splits)}.", "split", split)
+    if split not in splits:
+        raise SettingError(f"The OpenEnv server {url} has no split {split!r}; it has {', '.join(splits)}.", "split", split)
     count = ask_server(url, f"/{name}/num_tasks", {"split": split})["num_tasks"]
     specs = (ask_server(url, f"/{name}/task_range", {"split": split, "start": 0, "stop": n}) or {}).get("tasks") or [{}] * (count if n is None else min(n, count))
-    return [({"split": split, "index": i}, spec.get("prompt") if isinstance(spec, dict) else None) for i, spec in enumerate(specs)]
+    return [({"split": split, "index": i}, spec.get("prompt") if isinstance(spec, dict) else None)
+            for i, spec in enumerate(specs)]
 
 # %% ../../nbs/27_adapters/02_openenv.ipynb #588c4ec2
 def _action_tools(url, action_field, seconds):
     "Return the tools that a server's actions make, and whether they are MCP tools. Raises: SettingError for an action that cannot be a tool."
     schema = (ask_server(url, "/schema") or {}).get("action")
-    if not isinstance(schema, dict): raise SettingError(f"{url} is no OpenEnv server: it describes no action.", "tasks", url)
+    if not isinstance(schema, dict):
+        raise SettingError(f"{url} is no OpenEnv server: it describes no action.", "tasks", url)
     if action_field is not None:
-        if action_field not in schema.get("properties", {}): raise SettingError(f"The actions of {url} have no field {action_field!r}; they have {', '.join(k for k in schema.get('properties', {}) if k != 'metadata')}.", "action_field", action_field)
+        if action_field not in schema.get("properties", {}):
+            raise SettingError(f"The actions of {url} have no field {action_field!r}; they have {', '.join(k for k in schema.get('properties', {}) if k != 'metadata')}.",
+                               "action_field", action_field)
         return [], False
     try:
-        if schema.get("title") not in ("Action", "CallToolAction", "ListToolsAction"): return [tool_schema("step", schema.get("description") or "Act in the environment.", schema)], False
-        return [tool_schema(t["name"], t.get("description") or "", t.get("input_schema") or t.get("inputSchema") or {}) for t in _listed_tools(url, seconds)], True
+        if schema.get("title") not in ("Action", "CallToolAction", "ListToolsAction"):
+            return [tool_schema("step", schema.get("description") or "Act in the environment.", schema)], False
+        return [tool_schema(t["name"], t.get("description") or "", t.get("input_schema") or t.get("inputSchema") or {})
+                for t in _listed_tools(url, seconds)], True
     except ValueError as e: raise SettingError(f"The actions of {url} cannot be a tool: {e}.", "tasks", url) from None
 
 def _listed_tools(url, seconds):
@@ -266,11 +279,14 @@ def tasks(
     "Return the tasks of an OpenEnv server. Raises: SettingError, in one sentence, where it is down, lists no such split, or has actions that cannot be a tool."
     url = name.rstrip("/")
     need("openenv", "openenv.core")
-    if not url.startswith(("http://", "https://")): raise SettingError(f"An OpenEnv server is named by its address, openenv/http://localhost:8000; {name!r} is none.", "tasks", name)
+    if not url.startswith(("http://", "https://")):
+        raise SettingError(f"An OpenEnv server is named by its address, openenv/http://localhost:8000; {name!r} is none.", "tasks", name)
     if reward not in ("last", "sum"): raise SettingError(f"reward={reward!r} is unknown; choose last or sum.", "reward", reward)
     schemas, mcp = _action_tools(url, action_field, seconds)
     if answer_tool is not None: schemas = [s for s in schemas if s["function"]["name"] != answer_tool]
     said = [{"role": "user", "content": "" if action_field else f"{instruction}\n\n" if instruction else ""}]
-    rows = [dict(prompt=said if prompt is None else [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, reset=json.dumps(options)) for options, prompt in _resets(url, split, n, seed)]
-    settings = dict(_url=url, _schemas=schemas, _mcp=mcp, _action_field=action_field, _answer_tool=answer_tool, _text_field=text_field, _sum=reward == "sum", _seconds=seconds)
+    rows = [dict(prompt=said if prompt is None else [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+                 reset=json.dumps(options)) for options, prompt in _resets(url, split, n, seed)]
+    settings = dict(_url=url, _schemas=schemas, _mcp=mcp, _action_field=action_field, _answer_tool=answer_tool,
+                    _text_field=text_field, _sum=reward == "sum", _seconds=seconds)
     return TaskSet(Dataset.from_list(rows), type("OpenEnvEnvironment", (OpenEnvEnvironment,), settings))

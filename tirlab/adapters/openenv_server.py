@@ -79,7 +79,8 @@ _ANSWER = {"type": "object", "properties": {"text": {"type": "string", "descript
 def _tool_list(types, episode, answer_tool):
     "Return the tools of an episode as OpenEnv lists them."
     functions = [s["function"] for s in tool_schemas(offered_tools(episode.tools))] if episode else []
-    ours = [types.Tool(name=f["name"], description=f.get("description") or "", input_schema=f.get("parameters") or {"type": "object", "properties": {}}) for f in functions]
+    ours = [types.Tool(name=f["name"], description=f.get("description") or "", input_schema=f.get("parameters") or {"type": "object", "properties": {}})
+            for f in functions]
     return [*ours, types.Tool(name=answer_tool, description="Say something: the answer, or the next message to the user.", input_schema=_ANSWER)]
 
 def _called(types, episode, name, arguments, answer_tool):
@@ -158,8 +159,10 @@ def openenv_app(
     sessions: int = 64,                     # episodes at once
 ) -> Any:                                   # FastAPI app, for `uvicorn my_shop:app`
     "Return a tirlab environment as an app of OpenEnv. Raises: ValueError for weights that are not one for each reward function, and for a tool called like `answer_tool`."
-    if weights is not None and len(weights) != len(rewards or []): raise ValueError(f"weights has {len(weights)} numbers for {len(rewards or [])} reward functions; give one for each.")
-    if any(f.__name__ == answer_tool for f in tools or []): raise ValueError(f"A tool is called {answer_tool}; give the tool that takes words another name, answer_tool=...")
+    if weights is not None and len(weights) != len(rewards or []):
+        raise ValueError(f"weights has {len(weights)} numbers for {len(rewards or [])} reward functions; give one for each.")
+    if any(f.__name__ == answer_tool for f in tools or []):
+        raise ValueError(f"A tool is called {answer_tool}; give the tool that takes words another name, answer_tool=...")
     base, types = need("openenv", "openenv.core.env_server"), need("openenv", "openenv.core.env_server.mcp_types")
     made = environment_class(rows, Recipe(environment, list(rewards or []), tools, weights, limits), split, answer_tool)
     return base.create_fastapi_app(made, types.CallToolAction, types.CallToolObservation, max_concurrent_envs=sessions, env_name="tirlab")

@@ -41,7 +41,8 @@ def task_rows(
     every = need("verifiers", "verifiers.v1").TaskData.model_fields   # names of files, limits of time, ...: in `data` alone
     named = [name for name in type(datas[0]).model_fields if name not in _OURS and (name in ("id", "name") or name not in every)]
     plain = [name for name in named if len({type(getattr(d, name)) for d in datas}) == 1 and isinstance(getattr(datas[0], name), str | int | float | bool)]
-    return Dataset.from_list([dict(prompt=_messages(d, opens), task=i, data=d.model_dump_json(exclude_defaults=True)) | {name: getattr(d, name) for name in plain} for i, d in enumerate(datas)])
+    return Dataset.from_list([dict(prompt=_messages(d, opens), task=i, data=d.model_dump_json(exclude_defaults=True)) |
+                              {name: getattr(d, name) for name in plain} for i, d in enumerate(datas)])
 
 # %% ../../nbs/27_adapters/01_verifiers.ipynb #8e07abcb
 class VerifiersEnvironment:
@@ -145,7 +146,8 @@ def _hook_problem(task):
     rewrites = need("verifiers", "verifiers.v1.utils.decorators").discover_decorated(task, "intercept")
     if rewrites: return f"its hook {rewrites[0].__name__} rewrites messages between model and tools"
     early = [f.__name__ for f in task.hooks("stop") if session.hook_boundary(f, allow_trace=True) is not vf.Trace]
-    if early: return f"its stop {early[0]} reads single requests or responses, and a rollout can be stopped between turns alone: write it for `vf.Trace`"
+    if early:
+        return f"its stop {early[0]} reads single requests or responses, and a rollout can be stopped between turns alone: write it for `vf.Trace`"
     boxed = [f.__name__ for f in [*task.hooks("reward"), *task.hooks("metric")] if _needs(f, "runtime")]
     if boxed: return f"its reward {boxed[0]} runs programs in the box of a harness"
 
@@ -208,12 +210,16 @@ def _environment_class(loaded, found):
     "Return the environment class of a set of tasks; its first task is opened once, to see that it can be and who speaks first."
     if type(loaded).start is not need("verifiers", "verifiers.v1").Env.start: wait_for(loaded.start)
     identifier = "".join(c if c.isalnum() else "_" for c in loaded.config.env_id)
-    made = type(identifier, (VerifiersEnvironment,), dict(_env=loaded, _all=found, _shared=[SharedToolset(t) for t in loaded.taskset.toolsets(loaded.taskset.config)]))
+    made = type(identifier, (VerifiersEnvironment,), dict(_env=loaded, _all=found,
+                _shared=[SharedToolset(t) for t in loaded.taskset.toolsets(loaded.taskset.config)]))
     trial = VerifiersRollout(loaded, found[0], made._shared)
     try: first = trial.begin()
-    except Exception as e: raise SettingError(f"The first task of {loaded.config.env_id} cannot be opened: {type(e).__name__}: {e}", "tasks", loaded.config.env_id) from e
+    except Exception as e:
+        raise SettingError(f"The first task of {loaded.config.env_id} cannot be opened: {type(e).__name__}: {e}", "tasks", loaded.config.env_id) from e
     finally: trial.loop.close()
-    if first is LEFT: raise SettingError(f"The environment {loaded.config.env_id} ends before the policy is asked anything.", "tasks", loaded.config.env_id)
+    if first is LEFT:
+        raise SettingError(f"The environment {loaded.config.env_id} ends before the policy is asked anything.", "tasks", loaded.config.env_id)
     made._opens = first is not None
-    if not made._opens and trial.talk.task.data.prompt != found[0].data.prompt: raise SettingError(f"The environment {loaded.config.env_id} changes the prompts of its tasks while it runs.", "tasks", loaded.config.env_id)
+    if not made._opens and trial.talk.task.data.prompt != found[0].data.prompt:
+        raise SettingError(f"The environment {loaded.config.env_id} changes the prompts of its tasks while it runs.", "tasks", loaded.config.env_id)
     return made
