@@ -69,7 +69,8 @@ def evaluate():
     def score(domain, row, messages, ended=True):
         reason = TerminationReason.USER_STOP if ended else TerminationReason.MAX_STEPS
         run = SimulationRun(id="0", task_id=row["task_id"], start_time="", end_time="", duration=0.0, termination_reason=reason, messages=messages)
-        return evaluate_simulation(run, tau2_task(domain, row["task_id"]), EvaluationType.ALL, False, domain).reward
+        try: return evaluate_simulation(run, tau2_task(domain, row["task_id"]), EvaluationType.ALL, False, domain).reward
+        except ValueError: return 0.0   # an assertion about what is not there
     return score
 
 
@@ -105,7 +106,9 @@ def test_parts_are_put_together_as_evaluate_simulation_does(domain, evaluate):
     rows = rows[::max(1, len(rows) // 5)]
     for row in rows + [without_last_call(r) for r in rows if r["ground_truth"]]:
         messages = reference_messages(domain, row)
-        assert tau2_score(domain, tau2_task(domain, row["task_id"]), messages) == evaluate(domain, row, messages) and evaluate(domain, row, messages, False) == 0
+        try: ours = tau2_score(domain, tau2_task(domain, row["task_id"]), messages)
+        except ValueError: ours = 0.0
+        assert ours == evaluate(domain, row, messages) and evaluate(domain, row, messages, False) == 0
 
 
 @pytest.mark.parametrize("call_format", ["json", "list"])

@@ -62,7 +62,8 @@ def verdict(
     module, task, messages = tau2_module(f"domains.{domain}.environment"), tau2_task(domain, row["task_id"]), reference_messages(domain, row)
     if needs_judge(task): raise ValueError(f"Task {task.id} asks a judge model.")
     basis, parts = {b.value for b in task.evaluation_criteria.reward_basis}, tau2_module("evaluator.evaluator_env")
-    reward = parts.EnvironmentEvaluator.calculate_reward(module.get_environment, task, messages).reward
+    try: reward = parts.EnvironmentEvaluator.calculate_reward(module.get_environment, task, messages).reward
+    except ValueError: return 0.0   # an assertion about what is not there
     if "ACTION" in basis: reward *= tau2_module("evaluator.evaluator_action").ActionEvaluator.calculate_reward(task, messages).reward
     if "COMMUNICATE" in basis: reward *= tau2_module("evaluator.evaluator_communicate").CommunicateEvaluator.calculate_reward(task, messages).reward
     return reward
