@@ -32,13 +32,14 @@ def _completion_text(data):
 # %% ../../nbs/20_rollout/10_writers.ipynb #db5f62c8
 _MOST, _LONGEST = 16 * 2**20, 60.0   # bytes of a response; seconds of a pause
 
-_tls = cache(httpx.create_ssl_context)   # reads all certificates, which takes longer than a request
+@cache
+def _tls(): return httpx.create_ssl_context()   # made anew it would take longer than most requests
 
 def _post(url, body, headers, seconds):
     """Send one request; return status, `Retry-After` and body.
     Raises: httpx.RequestError, also where the response is too long or takes too long."""
     end = time.monotonic() + seconds
-    with httpx.stream("POST", url, json=body, headers=headers, verify=_tls(), timeout=httpx.Timeout(seconds, connect=min(10.0, seconds))) as response:
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=httpx.Timeout(seconds, connect=min(10.0, seconds)), verify=_tls()) as response:
         return response.status_code, response.headers.get("Retry-After"), read_body(response, _MOST, end)
 
 def _retry_after(value):
