@@ -1635,6 +1635,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'tirlab.rollout.writers._post': ('20_rollout/writers.html#_post', 'tirlab/rollout/writers.py'),
                                         'tirlab.rollout.writers._retry_after': ( '20_rollout/writers.html#_retry_after',
                                                                                  'tirlab/rollout/writers.py'),
+                                        'tirlab.rollout.writers._tls': ('20_rollout/writers.html#_tls', 'tirlab/rollout/writers.py'),
                                         'tirlab.rollout.writers.post_with_retries': ( '20_rollout/writers.html#post_with_retries',
                                                                                       'tirlab/rollout/writers.py')},
             'tirlab.sandbox.child': { 'tirlab.sandbox.child._flush': ('10_sandbox/child.html#_flush', 'tirlab/sandbox/child.py'),
