@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +12,6 @@ import types
 
 import pytest
 import torch
-from forks import ended, forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,12 +211,10 @@ def test_shaping_refuses_in_one_sentence(outcome, options, said):
     assert str(error.value) == said
 
 
-def embedded(): print(json.dumps([embed_code(["def f(x): return x + 1"]).nonzero()[:, 1].tolist(), hash("x")]))
-
-
-def test_the_embedding_is_the_same_in_every_process(tmp_path):
-    assert ended(forked(embedded, said=tmp_path / "said")) == 0
-    there, hashed = json.loads((tmp_path / "said").read_text())
+def test_the_embedding_is_the_same_in_every_process():
+    "In a process that was not forked, for those share the seed of `hash`."
+    code = """import json; from tirlab.rewards.shaping import embed_code; print(json.dumps([embed_code(["def f(x): return x + 1"]).nonzero()[:, 1].tolist(), hash("x")]))"""
+    there, hashed = json.loads(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout)
     assert hashed != hash("x") and there == embed_code(["def f(x): return x + 1"]).nonzero()[:, 1].tolist()
 
 

@@ -45,7 +45,6 @@ def log_probabilities(t, model=None):
     with torch.no_grad(): return t._get_per_token_logps_and_entropies(model or t.model, ids, torch.ones_like(ids), ids.shape[1] - 1)[0]
 
 
-@pytest.mark.slow
 def test_the_head_of_rl_comes_back_after_ten_phases(tmp_path):
     "Temperature 0.5: an SFTTrainer on the same model would leave a head of temperature 1 behind. With learning rate 0 nothing else may move either."
     t = trainer(tmp_path, learning_rate=0.0, num_iterations=1)

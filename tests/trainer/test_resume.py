@@ -37,7 +37,7 @@ def history(run):
     return sorted(zip(index.id, index.step, index.reward, index.tokens)), metrics[["step", "reward", "loss", "entropy"]].dropna().to_dict("records")
 
 
-@pytest.mark.parametrize("name", ["iterations", "parts", "one step", *(pytest.param(n, marks=pytest.mark.slow) for n in ("both", "both, accumulated", "parts of three"))])
+@pytest.mark.parametrize("name", BATCHES)
 def test_it_ends_alike_from_between_batches_and_is_refused_inside_of_one(name, tmp_path):
     options, every = BATCHES[name], WHOLE[name]
     steps = options.get("max_steps", 4)
