@@ -17,7 +17,7 @@ from tirlab.config.tir_config import TIRConfig
 from tirlab.algorithms.losses import token_weights
 from tirlab.rewards.outcome import answer_reward
 from tirlab.trainer.interleave import OnAlarm
-from tirlab.trainer.effects import Effects, looked_at
+from tirlab.trainer.effects import Effects, watched_options
 from tirlab.recipes.published import RECIPES, recipe
 from tirlab.recipes.arguments import arguments_of, rate_line, read_train_settings, recipe_sets, train_config
 from tirlab.recipes.training import recipe_plan, recipe_trainer, train_recipe, trainer_arguments
@@ -375,7 +375,7 @@ def test_train_says_whose_rate_it_is_and_what_had_no_effect(tmp_path, capsys):
 def test_options_without_effect_are_named_and_others_are_not(options, wanted, tmp_path, monkeypatch):
     "Two groups of four, each with successes and failures; rollouts of several turns, all of which end."
     t = trainer(tmp_path, monkeypatch, scripts=[[call("37+48"), "85"], [call("37+49"), "86"]] * 2, rewards=rewards, num_generations=4, trace=False, **options)
-    effects = Effects(t, looked_at(options))
+    effects = Effects(t, watched_options(options))
     t.add_callback(effects)
     t.train()
     assert effects.sentences() == wanted and effects.rollouts == 8
@@ -385,7 +385,7 @@ def test_groups_that_were_left_out_before_the_batch_count(tmp_path, monkeypatch)
     "Sampled again, the batch has no group of equal rewards, and the filter has done its work all the same."
     seen = iter([[1.0] * 4 + [1.0, 0.0] * 2, *[[1.0, 0.0] * 4] * 9])
     t = trainer(tmp_path, monkeypatch, rewards=lambda completions, **kwargs: next(seen)[:len(completions)], num_generations=4, trace=False, min_reward_std=1e-3, oversample=1.0, oversample_rounds=3)
-    effects = Effects(t, looked_at(dict(min_reward_std=1e-3, oversample=1.0)))
+    effects = Effects(t, watched_options(dict(min_reward_std=1e-3, oversample=1.0)))
     t.add_callback(effects)
     t.train()
     assert effects.counts == {"min_reward_std": 1, "oversample": 1} and effects.sentences() == []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_reporters', 'check_rewards', 'check_world', 'check_arguments', 'check_batch', 'check_references',
-           'check_pattern', 'check_prompts', 'saying_call_format', 'check_format', 'check_trainer', 'load_tokenizer']
+           'check_pattern', 'check_prompts', 'suggest_call_format', 'check_format', 'check_trainer', 'load_tokenizer']
 
 # %% ../../nbs/35_config/01_checks.ipynb #5cd45d5a
 import inspect, os, re, warnings
@@ -227,7 +227,7 @@ def check_prompts(
 _TEMPLATES = ("does not support tool calling", "failed to add response schema", "not training-compatible")   # of TRL's refusals
 
 @contextmanager
-def saying_call_format():
+def suggest_call_format():
     "Add to TRL's errors about a chat template, inside `with`, the advice to set `call_format`."
     try: yield
     except ValueError as e:

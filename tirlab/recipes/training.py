@@ -27,7 +27,7 @@ from .published import RECIPES
 from ..rollout.writers import EndpointWriter
 from ..supervision.lessons import ErroneousTrajectories, Reflections
 from ..supervision.reflections import analysis_prompt
-from ..trainer.effects import Effects, looked_at, without_effect
+from ..trainer.effects import Effects, watched_options, without_effect
 from ..trainer.interleave import Interleave, OnAlarm
 from ..trainer.phases import last_checkpoint, resume_training
 from ..trainer.progress import ending, final_checkpoint
@@ -187,7 +187,7 @@ def _effects(trainer, settings, plan):
     found, args = RECIPES[train_settings(settings).recipe], trainer.args
     acting = {k: getattr(args, k) for k in {**found.sets, **arguments_of(settings)} if hasattr(args, k)} | {type(s).__name__: None for s in found.supervision}
     acting |= dict.fromkeys(n for n in trainer.reward_func_names if n == found.reward.__name__)
-    options, steps = looked_at(acting), plan.steps if plan else args.max_steps if args.max_steps > 0 else None
+    options, steps = watched_options(acting), plan.steps if plan else args.max_steps if args.max_steps > 0 else None
     never = without_effect(options, args, trainer.train_dataset, steps, bool(trainer.tools))
     if trainer.is_world_process_zero(): print(rate_line(settings, args), *never.values(), sep="\n")
     effects = Effects(trainer, {n: v for n, v in options.items() if n not in never})

@@ -203,6 +203,8 @@ def _closing(environment):
         with outside_loop(): getattr(environment, "_close", lambda: None)()
 
 # %% ../../nbs/20_rollout/05_loop.ipynb #a8cc1ba2
+_SANDBOX = "sandbox: "   # begins the error of a rollout whose sandbox failed
+
 async def _next_turn(engine, ids, room, sampling, format, limits, noise):
     "Sample a turn within all limits and parse it; None where nothing was sampled. Raises: EngineError."
     start, most = time.perf_counter(), min(room, limits.turn_tokens or room, sampling.max_new_tokens, limits.context_tokens - len(ids))
@@ -210,8 +212,6 @@ async def _next_turn(engine, ids, room, sampling, format, limits, noise):
     return _parse_turn(sampled, ids, format, limits, room, time.perf_counter() - start)
 
 # %% ../../nbs/20_rollout/05_loop.ipynb #a938deb7
-_SANDBOX = "sandbox: "   # begins the error of a rollout whose sandbox failed
-
 async def rollout(
     task: dict | list[int],          # a dataset row, or a rendered prompt
     engine: Any,                     # `await engine.generate(ids, sampling)` gives the next turn

@@ -31,7 +31,7 @@ from .batch import Batch, finite_rewards
 from .engine_setup import gathered, join_sampling, make_engine, sampling_of, trl_engine
 from .handover import completion_ids, completions_of, group_size, split_of
 from .inputs import draw_environments, formats_of, render, reset_columns, reset_rows, tools_of
-from .recording import step_on_record
+from .recording import recorded_step
 
 # %% ../../nbs/60_trainer/05_generation.ipynb #b7c1adeb
 def noise_of(
@@ -39,7 +39,7 @@ def noise_of(
     n: int,           # rollouts that are made now
 ) -> tuple[tuple, int]:   # seed, split and step; number of the first rollout among those of the step, of all processes
     "Return the names of the noise of the next `n` rollouts."
-    key = split_of(trainer), step_on_record(trainer)
+    key = split_of(trainer), recorded_step(trainer)
     before = trainer._drawn.get(key, 0)
     trainer._drawn = {key: before + n * trainer.accelerator.num_processes}
     return (trainer.args.seed, *key), before + n * trainer.accelerator.process_index
@@ -189,7 +189,7 @@ def sample_batch(
     check: bool = True,  # whether one group must be whole; False where groups are selected afterwards
 ) -> Batch:
     "Roll rows out and score them. Raises: EngineError where no group is whole."
-    clock, split, step = {}, split_of(trainer), step_on_record(trainer)
+    clock, split, step = {}, split_of(trainer), recorded_step(trainer)
     environments = trainer.environments = draw_environments(trainer, rows)   # reward functions get them from TRL
     prompts = reset_rows(trainer, rows, environments)
     trajectories = roll_out(trainer, rows, prompts, environments, clock)

@@ -18,7 +18,7 @@ from trl.data_utils import is_conversational
 from ..core.formats import make_format
 from ..core.trajectory import without_nulls
 from ..envs.environments import NO_TOOLS, check_environment, environment_tools, offered_tools
-from .guards import check_prompted, naming_the_row
+from .guards import check_prompted, name_failed_row
 
 # %% ../../nbs/60_trainer/03_inputs.ipynb #a53db328
 def environment_name(
@@ -76,7 +76,7 @@ def reset_rows(
     prompts = []
     for i, (environment, row) in enumerate(zip(environments, rows)):
         prompt = row.get("prompt", [{"role": "user", "content": ""}])
-        with naming_the_row(environment, row, prompt, i): prompts.append(with_observation(prompt, environment.reset(**reset_columns(trainer, row))))
+        with name_failed_row(environment, row, prompt, i): prompts.append(with_observation(prompt, environment.reset(**reset_columns(trainer, row))))
     check_prompted(rows, prompts)
     return prompts
 

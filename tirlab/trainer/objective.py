@@ -31,7 +31,7 @@ from .credit import extra_loss, keep_ratios, kept_advantages
 from .generation import run_done
 from .handover import split_of
 from .inputs import tools_of_the_task
-from .recording import note_dropped, step_on_record
+from .recording import note_dropped, recorded_step
 
 # %% ../../nbs/60_trainer/09_objective.ipynb #fa7e0eaa
 def within_bounds(
@@ -217,7 +217,7 @@ def log_gap(
     logp: Tensor,   # (B, T) now
 ) -> None:
     "Log how far the sampler's log-probabilities are from the trainer's, nats a token. Raises: EngineError where the canary relies on the batch and the gap is too large."
-    if "sampling_per_token_logps" not in inputs or step_on_record(trainer) != trainer.batch.step: return
+    if "sampling_per_token_logps" not in inputs or recorded_step(trainer) != trainer.batch.step: return
     mask = loss_mask(inputs).bool() & ~inputs["sampling_per_token_logps"].isnan()
     gap = (logp.detach() - inputs["sampling_per_token_logps"]).abs()[mask].float()
     total, tokens, most = trainer.accelerator.gather(torch.stack([gap.sum(), mask.sum(), gap.max() if len(gap) else gap.sum()])[None]).unbind(1)
@@ -247,5 +247,5 @@ def record_scores(
     if split == "eval" or (trainer._step + 1) % trainer.current_gradient_accumulation_steps == 0:   # as TRL tells the end of a step
         for name, value in trainer.watch.signals(gather_object).items(): trainer._metrics[split][name].append(value)
     if not trainer.recorder or "record" not in given: return
-    complete = trainer.recorder.score(given["record"].tolist(), logp, entropy, step_on_record(trainer), **columns)
+    complete = trainer.recorder.score(given["record"].tolist(), logp, entropy, recorded_step(trainer), **columns)
     if complete and not may_still_drop(trainer): trainer.recorder.write(gather_object)

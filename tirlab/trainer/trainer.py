@@ -23,7 +23,7 @@ from ..algorithms.prompts import Replay
 from ..collapse.interventions import Clamp, bounds_of, turn_states
 from ..collapse.monitor import CollapseMonitor
 from ..collapse.watching import Watch, make_probe
-from ..config.checks import check_format, check_prompts, check_trainer, load_tokenizer, saying_call_format
+from ..config.checks import check_format, check_prompts, check_trainer, load_tokenizer, suggest_call_format
 from ..config.tir_config import TIRConfig, check_budget
 from ..config.values import check_advantage, engine_of
 from ..core.formats import make_format
@@ -45,7 +45,7 @@ from .inputs import brings_tools, tools_of_the_task, without_turn_method
 from .objective import (ForgetMoments, Gradients, SkipEmptySteps, extra_terms, lesson_loss, lessons_of, log_gap, loss_inputs, note_gradients,
                                       record_scores, score_tokens, within_bounds)
 from .progress import ending, progress_callbacks
-from .recording import EmptySteps, OneHistory, free_folder, record_unused, recording, row_fields, write_down
+from .recording import EmptySteps, OneHistory, free_folder, record_unused, recording, row_fields, log_completions_table
 
 # %% ../../nbs/60_trainer/00_trainer.ipynb #7aac6e8e
 class TIRTrainer(GRPOTrainer):
@@ -75,7 +75,7 @@ class TIRTrainer(GRPOTrainer):
         self.engine_name, self.schedule, self.turn_sources = *engine_of(args), turn_sources(args, turn_reward_funcs)   # what rewards turns, by name
         rewards = [f for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]) if f]
         given = [*(tools or []), tools_of_the_task] if brings_tools(environment_factory) else tools
-        with warnings.catch_warnings(), nothing_left_behind(args.output_dir), saying_call_format():
+        with warnings.catch_warnings(), nothing_left_behind(args.output_dir), suggest_call_format():
             warnings.filterwarnings("ignore", ".*environment_factory.*experimental")   # pinned, and held to TRL's behaviour by tests/trainer/test_parity.py
             with calls_as_text(processing_class) if args.call_format else nullcontext():
                 super().__init__(model, rewards, args, train_dataset, eval_dataset, processing_class, tools=given, environment_factory=environment_factory, **kwargs)
@@ -235,7 +235,7 @@ def _get_per_token_logps_and_entropies(self: TIRTrainer, model, input_ids, atten
 @patch
 def log(self: TIRTrainer, logs, start_time=None):
     "Log as TRL does; the same numbers go to the run folder."
-    if self.log_completions: write_down(self._logs)
+    if self.log_completions: log_completions_table(self._logs)
     super(TIRTrainer, self).log(logs, start_time)
     if not self.recorder or not self.is_world_process_zero(): return
     evaluation = any(k.startswith("eval_") for k in logs)
