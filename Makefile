@@ -9,6 +9,8 @@ export PYTHONUTF8 := 1
 test test-slow: export BROWSER_PATH = $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 test test-slow: export HF_HUB_OFFLINE = 1
 test test-slow: export HF_DATASETS_OFFLINE = 1
+# What was compiled once (tests too, in which pytest rewrites each assert) is kept for the next process.
+unexport PYTHONDONTWRITEBYTECODE
 # Tests run in as many processes as there are cores, and each in one thread.
 test: export OMP_NUM_THREADS = 1
 

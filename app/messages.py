@@ -96,7 +96,8 @@ def messages(row: TraceRow) -> None:
                       args=[numbers[min(here + 1, len(numbers) - 1)]], shortcut="l", key="turn+")
         usual = choice("as", list(WAYS), format_func=WAYS.get)
     for t in turns[here:here + AT_ONCE]:
-        signed = [f"{name} {t[name] + 0.0:+.2f}".replace("-", "−") for name in ("reward", "advantage") if t[name] is not None]
+        numbers = [("reward", t["reward"]), ("advantage", t["advantage"]), *((name, v) for name, v in t["scores"].items() if v)]
+        signed = [f"{name} {v + 0.0:+.2f}".replace("-", "−") for name, v in numbers if v is not None]
         st.caption(" · ".join([f"**Turn {t['turn'] + 1}**", *[t["kind"].replace("_", " ")] * bool(t["kind"]), *signed]).replace("<", r"\<"))
         for k, (who, text) in enumerate(turn_texts(row, t["turn"])):
             message(f"message {row.id} {t['turn']} {k}", who, text, k in t["errors"], usual)

@@ -83,9 +83,10 @@ function toolHtml(m, from, to, error) {
 function turnHtml(m, t, k) {
   const parts = t.parts.map(([a, b, wrote], p) => wrote ? `<div class="text">${linesHtml(m, a, b)}</div>` : toolHtml(m, a, b, t.errors.includes(p)));
   const numbers = [["reward", t.reward], ["advantage", t.advantage]].filter(x => known(x[1])).map(([name, v]) => `<span>${name} <b>${signed(v)}</b></span>`);
+  const scores = Object.entries(t.scores || {}).filter(x => known(x[1]) && x[1]).map(([name, v]) => `<span title="turn reward, without weight">${safe(name)} <b>${signed(v)}</b></span>`);
   const kl = Object.entries(t.kl).map(([name, v]) => `<span title="KL from the recorded policy to ${safe(name)}, estimated from the tokens of this turn (k3), nats">KL ${safe(name)} <b>${number(v)}</b></span>`);
   return `<section data-k="${k}" aria-label="Turn ${t.turn + 1}"><header><b>Turn ${t.turn + 1}</b>${kindChip(t)}<span class="dim">${plural(t.tokens, m.facts.unit)}</span>` +
-         `<span class="numbers">${numbers.join("")}${kl.join("")}</span></header>${parts.join("")}</section>`;
+         `<span class="numbers">${numbers.join("")}${scores.join("")}${kl.join("")}</span></header>${parts.join("")}</section>`;
 }
 function outlineHtml(t, k) {
   const failed = t.errors.length ? `<span class="bad" title="a tool answered with an error">✖</span>` : "";

@@ -2,19 +2,18 @@
 import time
 
 import numpy as np
-import pandas as pd
 import streamlit as st
 
 from tirlab.app.common import NOTHING_YET, bookmarks, go_to, link_trajectory, plain, ready, span, stop, current_run, watch
+from tirlab.app.find import WHERE, link_last_search, show_found
 from tirlab.plots.runs import STATES
-from tirlab.traces.search import find, find_text, places
+from tirlab.traces.search import places
 
 COLUMNS = {
     "step": st.column_config.NumberColumn("Step", format="%d", width=60),
     "group": st.column_config.NumberColumn("Group", format="%d", width=60, help="Trajectories of one prompt share it"),
     "reward": st.column_config.NumberColumn("Reward", format="%.2f", width=70),
     "prompt": st.column_config.TextColumn("Prompt", width=250),
-    "found": st.column_config.TextColumn("Found", width=320),
     "last_turn": st.column_config.TextColumn("Last turn", width=260),
     "answer": st.column_config.TextColumn("Reference", width=90),
     "stop": st.column_config.TextColumn("Stop", width=90, help="Why it ended"),
@@ -57,7 +56,8 @@ def filters() -> dict:
     rewards, found = index.reward[np.isfinite(index.reward)], {}   # a slider has no place for infinity
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         found["text"] = st.text_input("Text", key="text", width=300, icon=":material/search:", placeholder="regular expression", **BOUND,
-                                      help="In the beginnings of prompt and last turn, the reference, the id and the task; in the whole text if a single step is chosen")
+                                      help="In every turn of every trajectory that the other filters leave, newest step first")
+        found["where"] = st.selectbox("In", list(WHERE), key="where", width=190, help="Whose text is searched; beginnings of prompt and last turn, the reference, the id and the task are in memory", **BOUND)
         if last > first:
             found["steps"] = st.slider("Steps", first, last, (first, last), key="steps", width=230, **BOUND)
         if rewards.nunique() > 1:
@@ -70,18 +70,6 @@ def filters() -> dict:
         found["failed"] = st.toggle("Tool errors", key="failed", help="A tool call failed", **BOUND)
         found["dropped"] = st.toggle("Dropped or masked", key="dropped", help="Dropped from the loss, or tokens of it masked", **BOUND)
     return found
-
-
-def look(query: dict) -> tuple[pd.DataFrame, int]:
-    "Return the first matching rows and their number; search the whole text where a single step is chosen."
-    steps, text = query.get("steps"), query["text"]
-    if text and (index.step.nunique() == 1 or steps and steps[0] == steps[1]):
-        found, lost = find_text(run, find(index, **query | {"text": ""}), text)
-        if lost:
-            st.caption(plain(f"Not searched, because they cannot be read: {', '.join(lost)}"))
-        return found.head(MOST), len(found)
-    found = places(index, **query)
-    return index.take(found[:MOST]).reset_index(drop=True), len(found)
 
 
 def show_bookmarks():
@@ -106,10 +94,16 @@ def news(shown: int):
 
 show_bookmarks()
 query = filters()
+text, where = query.pop("text"), query.pop("where")
+if text and WHERE[where] != "index":
+    show_found(run, index, text, where, query)
+    st.stop()
+link_last_search(run)
 try:
-    page, count = look(query)
+    matching = places(index, text=text, **query)
 except ValueError as e:
     stop(str(e), ":material/regular_expression:")
+count, page = len(matching), index.take(matching[:MOST]).reset_index(drop=True)
 with st.container(horizontal=True, vertical_alignment="center"):
     some = f", the newest {MOST:,} are shown" if count > MOST else ""
     st.caption(f"{count:,} of {len(index):,} trajectories{some}. Click a row to open it.", width="content")

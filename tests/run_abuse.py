@@ -1,14 +1,12 @@
-"""Writers to be abused: `python run_abuse.py write RUN`, `... full RUN ROUNDS SEED`. Their steps are what `trace_rows` makes, so that a reader can compare."""
+"""Writers to be abused, each in a process of its own. Their steps are what `trace_rows` makes, so that a reader can compare."""
 import os
 import random
 import resource
-import sys
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(__file__))
-from trace_rows import CONTROL, add_steps   # noqa: E402
+from trace_rows import CONTROL, add_steps
 
-from tirlab.traces.run import RunWriter, open_run   # noqa: E402
+from tirlab.traces.run import RunWriter, open_run
 
 META = {"model": "tiny-policy", "control_tokens": CONTROL}
 
@@ -69,7 +67,3 @@ def tmpfs(path, rounds, seed):
     add_steps(writer, [rounds + 1])
     writer.close()
     print(failed, flush=True)
-
-
-if __name__ == "__main__":
-    {"write": write, "full": full, "tmpfs": tmpfs}[sys.argv[1]](sys.argv[2], *map(int, sys.argv[3:]))

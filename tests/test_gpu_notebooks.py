@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "nbs" / "gpu").glob("*.ipynb"))
-SWAPS = {r'MODEL, STEPS, USE_VLLM = .*': "MODEL, STEPS, USE_VLLM = tiny_policy(), 2, False", r'\("train", 2048\), \("test", 128\)': '("train", 16), ("test", 4)',
-         r"max_completion_length=1024": "max_completion_length=160", r"gradient_accumulation_steps=8": "gradient_accumulation_steps=2"}
+SWAPS = {r'MODEL, STEPS, USE_VLLM = .*': "MODEL, STEPS, USE_VLLM = tiny_policy(), 2, False", r'\("train", 2048\), \("test", 128\)': '("train", 16), ("test", 1)',
+         r"max_completion_length=1024": "max_completion_length=96", r"gradient_accumulation_steps=8": "gradient_accumulation_steps=2"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -7,9 +7,9 @@ from tirlab.all import AuxiliarySFT, Hints, OffPolicy, TIRConfig, TIRTrainer, an
 from tirlab.envs.tasks import ENVIRONMENTS
 
 def main(folder):
-    n = 16 // int(os.environ.get("WORLD_SIZE", 1))
-    args = TIRConfig(output_dir=folder, run_dir=folder + "/run", advantage="gtpo", void_filter="trajectory", max_steps=1, per_device_train_batch_size=n, num_generations=16,
-                     max_completion_length=120, prompt_sampling="mopps", replay_successes=4, oversample=1.0, oversample_rounds=2, min_reward_std=1e-3,
+    n = 8 // int(os.environ.get("WORLD_SIZE", 1))
+    args = TIRConfig(output_dir=folder, run_dir=folder + "/run", advantage="gtpo", void_filter="trajectory", max_steps=1, per_device_train_batch_size=n, num_generations=8,
+                     max_completion_length=64, prompt_sampling="mopps", replay_successes=4, oversample=1.0, oversample_rounds=2, min_reward_std=1e-3,
                      seed=0, save_strategy="no", disable_tqdm=True, report_to="none")
     trainer = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("all", n=4), environment_factory=ENVIRONMENTS,
                          supervision=[OffPolicy(1), Hints(2), AuxiliarySFT(0.1)])

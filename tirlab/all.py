@@ -24,6 +24,7 @@ from tirlab.algorithms.prompts import Replay
 from tirlab.config.tir_config import TIRConfig
 from tirlab.collapse.monitor import CollapseMonitor, Detectors, collapse_began
 from tirlab.collapse.interventions import Clamp
+from tirlab.collapse.probe_text import probe
 from tirlab.traces.run import Run, open_run
 from tirlab.traces.imports import import_traces
 from tirlab.plots.figures import training_curves
@@ -34,6 +35,7 @@ from tirlab.supervision.demonstrations import demonstrate
 from tirlab.supervision.lessons import DemonstrationSFT, ErroneousTrajectories, Reflections, RejectionSampling
 from tirlab.trainer.trainer import TIRTrainer
 from tirlab.trainer.interleave import Interleave, OnAlarm
+from tirlab.trainer.live import watch
 from tirlab.eval.evaluate import evaluate, evaluate_cells
 from tirlab.eval.runs import evaluate_run
 from tirlab.eval.estimates import compare_runs
@@ -60,7 +62,7 @@ __all__ = [
     # config
     "TIRConfig",
     # collapse
-    "CollapseMonitor", "Detectors", "collapse_began", "Clamp",
+    "CollapseMonitor", "Detectors", "collapse_began", "Clamp", "probe",
     # traces
     "Run", "open_run", "import_traces",
     # plots
@@ -69,7 +71,7 @@ __all__ = [
     "AuxiliarySFT", "Hints", "OffPolicy", "demonstrate", "DemonstrationSFT", "ErroneousTrajectories", "Reflections",
     "RejectionSampling",
     # trainer
-    "TIRTrainer", "Interleave", "OnAlarm",
+    "TIRTrainer", "Interleave", "OnAlarm", "watch",
     # eval
     "evaluate", "evaluate_cells", "evaluate_run", "compare_runs", "score_run", "majority_vote", "pass_at_k",
     # recipes

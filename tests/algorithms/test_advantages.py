@@ -1,5 +1,6 @@
 """Every advantage estimator against tables worked out by hand, against slow readable loops, and against what must not matter."""
 
+import functools
 import inspect
 import math
 import statistics
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.trainer.utils import nanstd
 
-from tirlab.algorithms.advantages import (ESTIMATORS, discounted_returns, dr_grpo, grpo, gtpo, lite_ppo, mt_grpo, pooled_advantages, rloo,
-                               spread_to_tokens, turn_rloo)
+from tirlab.algorithms.advantages import (ESTIMATORS, compute_advantages, discounted_returns, dr_grpo, grpo, gtpo, lite_ppo, mt_grpo, pooled_advantages, reads_batch, rloo,
+                               spread_to_tokens, tells_turns_apart, turn_rloo)
+from tirlab.algorithms.facts import BatchFacts
+from tirlab.core.settings import SettingError
 
 nan = math.nan
 FORMS = [(f, {}) for f in ESTIMATORS.values()] + [(rloo, dict(normalize_advantages=True)), (gtpo, dict(scale_rewards="batch"))]
@@ -30,6 +33,11 @@ def batches(draw, values=st.sampled_from([-1.0, -0.5, -0.125, 0.0, 0.25, 0.75, 1
         turns = most if equal_turns else draw(st.integers(0 if unscored else 1, most))
         rows.append([draw(values) for _ in range(turns)] + [nan] * (most - turns))
     return torch.tensor(rows), size
+
+
+def by_turn(advantages, rewards):
+    "Advantages as a table, 0 where there was no turn."
+    return advantages if advantages.dim() == 2 else advantages[:, None].expand(rewards.shape).masked_fill(rewards.isnan(), 0)
 
 
 def outcome_of(rewards):
@@ -80,7 +88,7 @@ B = torch.tensor([[1.0], [1.0], [1.0], [0.0], [1.0], [0.0], [nan], [0.0]])   # t
     (turn_rloo, [1 / 3, 1 / 3, 1 / 3, -1, 1, -0.5, 0, -0.5]),
 ])
 def test_rollouts_by_hand(estimate, want):
-    assert estimate(B, 4)[:, 0].tolist() == pytest.approx(want, abs=5e-4)   # eps
+    assert estimate(B, 4).flatten().tolist() == pytest.approx(want, abs=5e-4)   # eps
 
 
 def test_turn_rloo_by_hand():
@@ -115,6 +123,7 @@ def slow(rewards, size, gamma, normalisation, scale):
             for j, (_, ret) in enumerate(row):
                 same = [other[j][1] for other in group if len(other) > j]
                 first = [other[0][1] for other in group if other]
+                if std(first) < 1e-4: first = pooled
                 over = {"pooled": pooled, "per_turn_index": same if len(same) > 1 else pooled, "first_return": first}[normalisation]
                 divisor = {"group": std(over) + 1e-4, "batch": std(everything) + 1e-4, "none": 1.0}[scale]
                 result[-1][j] = (ret - statistics.mean(over)) / divisor
@@ -145,7 +154,7 @@ def test_grpo_is_trls(batch, scale):
     away = grouped - torch.nanmean(grouped, dim=1, keepdim=True)
     want = (away if scale == "none" else away / (std + 1e-4)).nan_to_num().view(-1, 1).expand(rewards.shape)
     # TRL's mean of equal numbers may be a rounding error away from them, which eps magnifies; ours is not
-    assert torch.allclose(grpo(rewards, size, scale_rewards=scale), want.masked_fill(rewards.isnan(), 0), atol=5e-3)
+    assert torch.allclose(by_turn(grpo(rewards, size, scale_rewards=scale), rewards), want.masked_fill(rewards.isnan(), 0), atol=5e-3)
 
 
 @few
@@ -160,7 +169,7 @@ def test_rloo_is_trls(batch, normalise):
     away = torch.where(away.isinf(), nan, away)    # one scored rollout: 0/0 in exact numbers
     if normalise: away = (away - torch.nanmean(away)) / (nanstd(away) + 1e-4)
     want = away.nan_to_num()[:, None].expand(rewards.shape).masked_fill(rewards.isnan(), 0)
-    assert torch.allclose(rloo(rewards, size, normalize_advantages=normalise), want, atol=5e-3)
+    assert torch.allclose(by_turn(rloo(rewards, size, normalize_advantages=normalise), rewards), want, atol=5e-3)
 
 
 @pytest.mark.parametrize("estimate, options", [(turn_rloo, dict(gamma=0.5)), (turn_rloo, dict(gamma=1.0))], ids=["0.5", "1"])
@@ -233,7 +242,8 @@ def test_other_groups_do_not_matter(estimate, options, batch, data):
 def test_always_finite_and_zero_where_nothing_happened(estimate, options, batch):
     rewards, size = batch
     got = estimate(rewards, size, **options)
-    assert got.shape == rewards.shape and got.isfinite().all() and got[rewards.isnan()].eq(0).all()
+    assert got.shape == (rewards.shape if tells_turns_apart(estimate.__name__) else rewards.shape[:1])
+    assert got.isfinite().all() and (got[rewards.isnan()] if got.dim() == 2 else got[rewards.isnan().all(1)]).eq(0).all()
     more = estimate(torch.cat([rewards, torch.full_like(rewards, nan)]), size, **options)   # whole groups of rollouts that nobody scored
     assert torch.allclose(more[:len(rewards)], got, atol=1e-6) and more[len(rewards):].eq(0).all()
 
@@ -253,8 +263,9 @@ def test_no_signal_is_exactly_no_gradient(estimate, options):
 
 @every_form
 def test_no_turns_at_all(estimate, options):
-    got = estimate(torch.empty(4, 0), 2, torch.full((4, 6), -1), **options)
-    assert got.shape == (4, 6) and got.eq(0).all()
+    got = estimate(torch.empty(4, 0), 2, **options)
+    assert got.shape == ((4, 0) if tells_turns_apart(estimate.__name__) else (4,)) and got.eq(0).all()
+    assert spread_to_tokens(torch.empty(4, 0), torch.full((4, 6), -1)).eq(0).all()
 
 
 @every_form
@@ -264,9 +275,10 @@ def test_tokens_get_their_turns_advantage(estimate, options, batch, data):
     rewards, size = batch
     turns = (~rewards.isnan()).sum(1).tolist()
     writer = torch.tensor([[data.draw(st.integers(-1, n - 1)) for _ in range(6)] for n in turns])
-    by_turn, by_token = estimate(rewards, size, **options), estimate(rewards, size, writer, **options)
+    table = by_turn(estimate(rewards, size, **options), rewards)
+    by_token = spread_to_tokens(table, writer)
     for i in range(len(rewards)):
-        assert by_token[i].tolist() == [by_turn[i, j].item() if j >= 0 else 0.0 for j in writer[i].tolist()]
+        assert by_token[i].tolist() == [table[i, j].item() if j >= 0 else 0.0 for j in writer[i].tolist()]
 
 
 def test_observations_stay_zero_beside_numbers_that_are_not():
@@ -286,8 +298,9 @@ def test_gtpo_without_discount_and_turn_rewards_is_grpo(score, turns):
     want = ((total - total.mean()) / (total.std(correction=0) + 1e-4))[:, None].expand(4, turns)
     assert torch.allclose(gtpo(rewards, 4, gamma=1.0, ddof=0), want, atol=1e-5)
     factor = math.sqrt((4 * turns - 1) / (turns * 3))
-    assert torch.allclose(gtpo(rewards, 4, gamma=1.0), factor * grpo(rewards, 4), rtol=2e-3, atol=1e-6)
-    assert torch.allclose(gtpo(rewards, 4, gamma=1.0, normalisation="first_return"), grpo(rewards, 4), atol=1e-6)
+    plain = by_turn(grpo(rewards, 4), rewards)
+    assert torch.allclose(gtpo(rewards, 4, gamma=1.0), factor * plain, rtol=2e-3, atol=1e-6)
+    assert torch.allclose(gtpo(rewards, 4, gamma=1.0, normalisation="first_return"), plain, atol=1e-6)
 
 
 def test_one_group_is_pooled_advantages():
@@ -310,4 +323,67 @@ def test_wrong_input_in_one_sentence(call, said):
 
 def test_all_are_called_the_same_way():
     for name, estimate in ESTIMATORS.items():
-        assert list(inspect.signature(estimate).parameters)[:3] == ["rewards", "group_size", "turn_of_token"] and estimate.__name__ == name
+        takes = inspect.signature(estimate).parameters
+        assert list(takes)[:3] == ["rewards", "group_size", "batch"] and estimate.__name__ == name
+        assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in list(takes.values())[2:]) and not reads_batch(name) and reads_batch(estimate)
+
+
+# ---- first returns that do not differ
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_first_returns_do_not_divide_by_eps(scale):
+    "Such a group is measured by all its turns; another group of the batch is not touched."
+    flat, other = torch.tensor([[0.0, 0.0, 1.0]] * 3 + [[0.81, nan, nan]]), torch.tensor([[0.0, 1.0, nan], [0.0, 0.0, 0.0], [-0.1, 1.0, nan], [-0.1, nan, nan]])
+    first = lambda x: gtpo(x, 4, normalisation="first_return", scale_rewards=scale)
+    assert first(flat).abs().max() < 3 and torch.allclose(first(flat), gtpo(flat, 4, scale_rewards=scale), atol=1e-6)
+    if scale != "batch": assert torch.equal(first(torch.cat([flat, other]))[4:], first(other)) and not torch.allclose(first(other), gtpo(other, 4, scale_rewards=scale))
+
+
+# ---- by name, and functions of the user's
+
+
+FACTS = BatchFacts([], [], torch.zeros(4))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_name_and_its_function_are_the_same(name):
+    given = dict(gamma=0.5, normalisation="per_turn_index", scale_rewards="none", turn_weight=2.0, outcome_weight=0.5)
+    takes = inspect.signature(ESTIMATORS[name]).parameters
+    want = ESTIMATORS[name](A, 4, **{k: v for k, v in given.items() if k in takes})
+    assert torch.equal(compute_advantages(name, A, 4, FACTS, **given), want) and torch.equal(compute_advantages(ESTIMATORS[name], A, 4, FACTS, **given), want)
+
+
+def test_a_function_gets_what_it_names():
+    got = {}
+    def every(rewards, group_size, *, batch, gamma, scale_rewards): got.update(locals()); return rewards
+    assert torch.equal(compute_advantages(every, A, 4, FACTS, gamma=0.5, scale_rewards="none", normalisation="pooled"), A.nan_to_num())
+    assert got["batch"] is FACTS and (got["gamma"], got["scale_rewards"], got["group_size"]) == (0.5, "none", 4)
+    assert compute_advantages(lambda rewards, group_size: rewards.nansum(1), A, 4).tolist() == pytest.approx([1.0, 0.0, 0.9, -0.1])
+    assert compute_advantages(functools.partial(gtpo, gamma=0.0), A, 4).equal(gtpo(A, 4, gamma=0.0))
+
+
+def test_what_never_happened_is_0_and_has_no_graph():
+    table = torch.tensor([[0.0, 1.0], [nan, nan]])
+    assert compute_advantages(lambda rewards, group_size: rewards, table, 2).tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    assert compute_advantages(lambda rewards, group_size: rewards.sum(1), table, 2).tolist() == [1.0, 0.0]
+    critic = torch.ones(2, requires_grad=True)
+    found = compute_advantages(lambda rewards, group_size: (rewards.nansum(1) - critic).double(), table, 2)
+    assert not found.requires_grad and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("result", [None, 1.0, [1.0] * 4, torch.zeros(()), torch.zeros(3), torch.zeros(4, 3), torch.zeros(4, 1), torch.zeros(2, 4), torch.zeros(4, 2, 1)])
+def test_a_wrong_shape_names_what_was_wanted(result):
+    def wrong(rewards, group_size): return result
+    with pytest.raises(SettingError) as error: compute_advantages(wrong, A, 4)
+    found = str(tuple(result.shape)) if isinstance(result, torch.Tensor) else type(result).__name__
+    assert (error.value.field, error.value.value) == ("advantage", wrong) and all(w in str(error.value) for w in ("wrong", found, "(4,)", "(4, 2)")) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [nan, math.inf, -math.inf])
+@pytest.mark.parametrize("turns", [True, False])
+def test_advantages_that_are_no_numbers(number, turns):
+    table = torch.zeros(4, 2) if turns else torch.zeros(4)
+    table[2] = number
+    with pytest.raises(SettingError, match="rollout 2") as error: compute_advantages(lambda rewards, group_size: table, A, 4)
+    assert error.value.field == "advantage"

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import LOSSES, Bare, batch, gradient
 
+from tirlab.algorithms.facts import BatchFacts
 from tirlab.algorithms.filters import (FILTERS, baseline_rewards, drop_rows, filter_tokens, filtered_mask, group_verdicts, has_answer, high_ratio_filter,
                             loss_tokens, low_prob_filter, overlong, plan_batch, void_filter, void_turns)
 from tirlab.algorithms.prompts import Curriculum, MoPPS, Replay
+from tirlab.core.settings import SettingError
 from tirlab.core.trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn, TurnKind
 
 NAN = float("nan")
@@ -68,7 +70,7 @@ rollouts = st.lists(st.builds(lambda ts: Trajectory([1], ts, StopReason.ANSWER),
 @settings(max_examples=200, deadline=None)
 def test_void_filter_is_the_loop(trajectories, suffix):
     width = max(1, *(len(t.completion_ids) for t in trajectories))
-    keep, reasons = void_filter(trajectories, width, BOXED, suffix)
+    keep, reasons = void_filter(trajectories, torch.ones(len(trajectories), width), answered=BOXED, suffix=suffix)
     assert keep.equal(slow_filter(trajectories, width, suffix))
     for row, reason in zip(keep, reasons): assert (reason is None) == bool(row.all())
 
@@ -77,22 +79,50 @@ def test_void_filter_is_the_loop(trajectories, suffix):
 
 def test_low_prob_and_high_ratio_by_hand():
     logps, mask = torch.tensor([[-0.1, -9.0, -0.1], [-0.1, -9.0, -9.0], [NAN, -0.1, -0.1]]), torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 1]])
-    assert low_prob_filter(logps, mask, 1e-3, whole=False)[0].tolist() == [[True, False, True], [True] * 3, [True] * 3]
-    keep, reasons = low_prob_filter(logps, mask, 1e-3)
+    facts = BatchFacts([], [], torch.zeros(3), logps, torch.tensor([[6.0, 7.0], [5.0, NAN]]))
+    assert low_prob_filter([], mask, batch=facts, threshold=1e-3, whole=False)[0].tolist() == [[True, False, True], [True] * 3, [True] * 3]
+    keep, reasons = low_prob_filter([], mask, batch=facts, threshold=1e-3)
     assert keep.all(1).tolist() == [False, True, True] and not keep[0].any() and reasons == ["1 token with probability below 0.001", None, None]
-    keep, reasons = high_ratio_filter(torch.tensor([[6.0, 7.0], [5.0, NAN]]), torch.ones(2, 2), 5.0, whole=False)
+    keep, reasons = high_ratio_filter([], torch.ones(2, 2), batch=facts, threshold=5.0, whole=False)
     assert keep.tolist() == [[False, False], [True, True]] and reasons == ["2 tokens with ratio above 5", None]
 
 
-def test_the_door():
-    x = [Trajectory([1], [call(2, 1), turn(2, "hm")], StopReason.VOID)], torch.ones(1, 5, dtype=torch.long), BOXED
-    logps, ratios = torch.tensor([[-8.0] + [-0.1] * 4]), torch.tensor([[1.0, 9.0, 1.0, 1.0, 1.0]])
-    kept = {n: filter_tokens(n, *x, logps, ratios, 2.0 if n == "high_ratio" else 0.01, whole=False)[0][0].int().tolist() for n in FILTERS}
+def test_filters_by_name():
+    x = [Trajectory([1], [call(2, 1), turn(2, "hm")], StopReason.VOID)], torch.ones(1, 5, dtype=torch.long)
+    facts = BatchFacts(x[0], [{}], torch.zeros(1), torch.tensor([[-8.0] + [-0.1] * 4]), torch.tensor([[1.0, 9.0, 1.0, 1.0, 1.0]]))
+    kept = {n: filter_tokens(n, *x, facts, answered=BOXED, threshold=2.0 if n == "high_ratio" else 0.01, whole=False)[0][0].int().tolist() for n in FILTERS}
     assert kept == {"none": [1] * 5, "stop_only": [1] * 5, "trajectory": [0] * 5, "suffix": [1, 1, 1, 0, 0],
                     "low_prob": [0, 1, 1, 1, 1], "high_ratio": [1, 0, 1, 1, 1]}
     with pytest.raises(ValueError, match="Unknown filter"): filter_tokens("voids", *x)
     for name in ("low_prob", "high_ratio"):
-        with pytest.raises(ValueError, match="threshold"): filter_tokens(name, *x, x[1].float(), x[1].float())
+        with pytest.raises(ValueError, match="threshold"): filter_tokens(name, *x, facts)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_name_and_its_function_mask_the_same(name):
+    x = [Trajectory([1], [call(2, 1), turn(2, "hm")], StopReason.VOID)], torch.ones(1, 5, dtype=torch.long)
+    facts = BatchFacts(x[0], [{}], torch.zeros(1), torch.tensor([[-8.0] + [-0.1] * 4]), torch.tensor([[1.0, 9.0, 1.0, 1.0, 1.0]]))
+    (keep, reasons), (again, told) = (filter_tokens(f, *x, facts, answered=BOXED, threshold=0.5) for f in (name, FILTERS[name]))
+    assert torch.equal(keep, again) and [r is None for r in reasons] == [r is None for r in told] and all(r.split(": ")[1] in reasons for r in told if r)
+
+
+def test_a_filter_of_the_users():
+    "It gets what it names; its name stands in every reason; a row that keeps all its tokens has none."
+    rollouts, mask, got = [Trajectory([1], [turn(2, "a")], StopReason.ANSWER)] * 3, torch.tensor([[1, 1, 0]] * 3), {}
+    facts = BatchFacts(rollouts, [{}] * 3, torch.zeros(3))
+    def later(trajectories, mask, *, batch, threshold):
+        got.update(batch=batch, threshold=threshold)
+        return torch.tensor([[1, 0, 1], [1, 1, 1], [1, 0, 0]]), ["bad; worse", "no matter", None]
+    keep, reasons = filter_tokens(later, rollouts, mask, facts, answered=BOXED, threshold=0.5)
+    assert keep.dtype == torch.bool and keep.int().tolist() == [[1, 0, 1], [1, 1, 1], [1, 0, 0]] and got == dict(batch=facts, threshold=0.5)
+    assert reasons == ["later: bad, worse", None, "later"]
+
+
+@pytest.mark.parametrize("result", [None, torch.ones(2, 3), (torch.ones(2, 3),), (torch.ones(2, 3), [None], 1), (torch.ones(3), [None] * 2), (torch.ones(3, 2), [None] * 2),
+                                    ([[1] * 3] * 2, [None] * 2), (torch.ones(2, 3), [None]), (torch.ones(2, 3), None)])
+def test_a_filter_that_returns_no_mask(result):
+    with pytest.raises(SettingError, match=r"\(2, 3\)") as error: filter_tokens(lambda trajectories, mask: result, [], torch.ones(2, 3))
+    assert error.value.field == "void_filter" and "\n" not in str(error.value)
 
 
 # In the loss: traps 3 and 4 of the specification

@@ -1,14 +1,13 @@
-"""The app over run folders in every state they can be in, and once in a real browser."""
+"""The app over run folders in every state they can be in."""
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
-from ports import own_port
 from streamlit.testing.v1 import AppTest
 from trace_rows import add_steps, make_row, make_run
 
@@ -20,14 +19,21 @@ APP = Path(tirlab.app.__file__).parent
 PAGES = ("overview.py", "steps.py", "trajectories.py", "trajectory.py", "control.py", "compare.py", "dropped.py")
 
 
+@cache
+def registered():
+    "The pages that the app registers as it runs, here without a run folder."
+    return AppTest.from_file(str(APP / "main.py"), default_timeout=60).run()._registered_pages
+
+
 def app(monkeypatch, run, page="overview.py", **query):
     "A page of the app, run once."
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    pages = registered()
     monkeypatch.setattr(sys, "argv", ["main.py", *([str(run)] if run else [])])
     test = AppTest.from_file(str(APP / "main.py"), default_timeout=60)
+    test._registered_pages = pages   # else the overview would have to be drawn before each page
     test.query_params.update(query)
-    test.run()
-    if page != "overview.py":
-        test.switch_page(page).run()
+    test.switch_page(page).run()
     assert not test.exception
     return test
 
@@ -152,67 +158,6 @@ def test_launch_refuses_in_one_sentence(tmp_path):
 
 
 def test_the_app_needs_no_trainer():
-    code = "import sys, tirlab.app.common, tirlab.app.launch, tirlab.plots.figures; sys.exit(any(m in sys.modules for m in ('torch', 'trl')))"
+    code = "import sys, tirlab.traces.run, tirlab.app.common, tirlab.app.launch, tirlab.plots.figures; sys.exit(any(m in sys.modules for m in ('torch', 'trl')))"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "--server.address=127.0.0.1" in command("run", 1) and "--browser.gatherUsageStats=false" in command("run", 1)
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-         "--disable-sync").split()
-
-
-@pytest.mark.skipif(not BROWSER, reason="needs Debian's chromium")
-def test_in_a_browser(tmp_path):
-    from playwright.sync_api import Error, expect, sync_playwright
-    writer = make_run(tmp_path / "run", steps=2, status="running")
-    port = own_port()
-    code = "import sys; from tirlab.app.launch import launch; sys.exit(launch(sys.argv[1], port=int(sys.argv[2]), headless=True))"
-    server = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), str(port)], stdout=subprocess.PIPE, text=True)
-    try:
-        url = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())[0]
-        with sync_playwright() as p:
-            browser = p.chromium.launch_persistent_context(str(tmp_path / "profile"), executable_path=BROWSER, args=FLAGS)
-            page = browser.new_page()
-            page.set_default_timeout(60_000)
-            expect.set_options(timeout=20_000)
-            outside = []
-            page.on("request", lambda r: None if r.url.startswith((url, url.replace("http", "ws"), "data:", "blob:")) else outside.append(r.url))
-            for _ in range(100):                                  # until the server listens
-                try:
-                    page.goto(url)
-                    break
-                except Error:
-                    page.wait_for_timeout(200)
-            expect(page.get_by_text("16 trajectories")).to_be_visible(timeout=60_000)
-            add_steps(writer, [3])
-            expect(page.get_by_text("24 trajectories")).to_be_visible()      # it follows by itself
-            page.wait_for_function("document.querySelector('.js-plotly-plot')?.calcdata?.[0].length == 3")
-            page.wait_for_timeout(500)
-            page.locator(".js-plotly-plot .nsewdrag").first.click()                         # the point in the middle leads to its step
-            expect(page.locator(".tirlab-ready[data-page=steps]")).to_be_attached()
-            for _ in range(5):                                                              # and stays there while the run goes on
-                page.wait_for_timeout(300)
-                assert re.search(r"steps\?step=2$", page.url)
-            page.get_by_text("Follow live").click()                                         # and the newest one is followed again
-            add_steps(writer, [4])
-            expect(page.locator(".tirlab-ready[data-page=steps][data-step='4']")).to_be_attached()
-            page.get_by_role("link", name="Search").first.click()
-            page.get_by_role("textbox", name="Text").fill("what is")
-            page.keyboard.press("Enter")
-            expect(page).to_have_url(re.compile("text=what"))                               # what was asked for stands in the address
-            page.reload()
-            expect(page.get_by_role("textbox", name="Text")).to_have_value("what is")
-            grid = page.locator(".stDataFrameGlideDataEditor").first
-            expect(grid).to_be_visible()
-            page.wait_for_timeout(500)
-            grid.click(position={"x": 200, "y": 52})              # a cell of the first row
-            expect(page.locator(".tm[data-painted]")).to_be_visible()                       # what is in it: test_app_tokens.py
-            assert "id=000004-0-00" in page.url
-            assert not outside                                    # it works offline
-            browser.close()
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(20)
-    with socket.socket() as s:
-        assert s.connect_ex(("127.0.0.1", port)) != 0             # nothing is left behind

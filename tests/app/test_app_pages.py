@@ -9,8 +9,8 @@ from test_app import PAGES, app, words
 from trace_rows import CONTROL, add_steps, make_row, make_run
 
 from tirlab.traces.annotations import read_bookmarks
-from tirlab.app import common
-from tirlab.traces.run import Run, RunWriter, trace_id
+from tirlab.app import common, find
+from tirlab.traces.run import Run, RunWriter, open_run, trace_id
 
 
 def html(test):
@@ -134,18 +134,41 @@ def test_one_prompt_through_all_steps(tmp_path, monkeypatch):
     assert test.selectbox(key="task").value == "sums" and set(test.dataframe[0].value.step) == {1, 2, 5}
 
 
-def test_search_by_text(eventful, monkeypatch):
+def test_search_in_any_turn_of_any_step(eventful, monkeypatch):
     test = app(monkeypatch, eventful, "trajectories.py")
-    test.text_input(key="text").set_value(r"answer: \d+").run()
-    assert int(facts(test, "trajectories")["shown"]) == 32
-    test.slider(key="steps").set_value((4, 4))
-    test.text_input(key="text").set_value("syntaxerror").run()                         # a tool said it: in the whole text alone
-    shown = test.dataframe[0].value
-    assert 0 < len(shown) < 8 and shown.found.str.contains("SyntaxError").all()
+    test.text_input(key="text").set_value("syntaxerror").run()                         # a tool said it
+    shown, found = test.dataframe[0].value, facts(test, "trajectories")
+    assert found["searched"] == "32" and found["over"] == "true" and int(found["shown"]) == len(shown) > 3
+    assert shown.found.str.contains("⟦SyntaxError⟧").all() and set(shown.place) == {"turn 1, tool output"} and shown.step.is_monotonic_decreasing
+    row, link = open_run(eventful), dict(part.split("=") for part in shown.link[0].partition("?")[2].split("&"))
+    assert link["turn"] == "1" and row.trajectory(link["id"]).text[int(link["token"])].startswith("SyntaxError")
+    test.selectbox(key="where").set_value("model").run()
+    assert "No trajectory matches" in test.info[0].value
     test.text_input(key="text").set_value("(").run()
     assert "no regular expression" in test.info[0].value
-    again = app(monkeypatch, eventful, "trajectories.py", text="nowhere at all")
-    assert "No trajectory matches" in again.info[0].value
+    test.selectbox(key="where").set_value("beginnings, id, task")
+    test.text_input(key="text").set_value(r"answer: \d+").run()                        # the list, as it is in memory
+    assert int(facts(test, "trajectories")["shown"]) == 32 == len(test.dataframe[0].value)
+    again = app(monkeypatch, eventful, "trajectories.py", text="syntaxerror", where="prompt")
+    assert "No trajectory matches" in again.info[0].value and again.selectbox(key="where").value == "prompt"
+    test.text_input(key="text").set_value("").run()
+    assert any("text=syntaxerror&where=model" in query for query in links(test))
+
+
+def test_a_search_is_stopped_and_goes_on(eventful, monkeypatch):
+    go_on = find.Job.go_on
+    monkeypatch.setattr(find.Job, "go_on", lambda job, seconds: (go_on(job, 0), setattr(job, "stopped", not job.over and job.done == 16)))
+    test = app(monkeypatch, eventful, "trajectories.py", text="answer")
+    assert facts(test, "trajectories")["over"] == "false" and facts(test, "trajectories")["searched"] == "16"
+    before = int(facts(test, "trajectories")["shown"])
+    next(b for b in test.run().button if b.label == "Go on").click().run()
+    assert facts(test, "trajectories")["over"] == "true" and facts(test, "trajectories")["searched"] == "32" and int(facts(test, "trajectories")["shown"]) > before
+
+
+def test_lost_files_are_named_and_the_rest_is_searched(eventful, monkeypatch):
+    next((eventful / "tokens").glob("step-000002*")).write_bytes(b"PAR1 half of it")
+    test = app(monkeypatch, eventful, "trajectories.py", text="answer")
+    assert "step\\-000002" in words(test) and len(test.dataframe[0].value) >= 24
 
 
 def test_bookmarks_stay_with_the_run(eventful, monkeypatch):

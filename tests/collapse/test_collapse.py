@@ -72,7 +72,7 @@ def watching(**options):
 
 def test_a_break_is_told_written_and_passed_on(tmp_path):
     heard, monitor = [], watching(listeners=[lambda alarm: heard.append(alarm)])
-    t, said = trained(tmp_path, monitor, max_completion_length=32)
+    t, said = trained(tmp_path, monitor, max_completion_length=24)
     assert [a.signal for a in monitor.alarms] == ["reward"] == [a.signal for a in heard] and monitor.alarms[0].step in (5, 6)
     assert len(said) == 1 and "reward is 0, usually 0.5" in said[0] and t.state.global_step == 8
     (line,) = map(json.loads, Path(t.run_dir, "alarms.jsonl").read_text().splitlines())
@@ -81,7 +81,7 @@ def test_a_break_is_told_written_and_passed_on(tmp_path):
 
 def test_a_break_stops_training_and_the_healthy_weights_are_kept(tmp_path):
     monitor = watching(action="stop", keep_every=2)
-    t, _ = trained(tmp_path, monitor, trace=False, max_completion_length=32)
+    t, _ = trained(tmp_path, monitor, trace=False, max_completion_length=24)
     assert t.state.global_step == monitor.alarms[0].step < 8
     kept = AutoModelForCausalLM.from_pretrained(monitor.healthy)
     assert Path(monitor.healthy).name == "healthy" and not list(tmp_path.glob(".healthy*")) and sum(p.numel() for p in kept.parameters()) == sum(p.numel() for p in t.model.parameters())
@@ -89,7 +89,7 @@ def test_a_break_stops_training_and_the_healthy_weights_are_kept(tmp_path):
 
 def test_a_break_lowers_the_learning_rate(tmp_path):
     monitor = watching(action="lower_lr", factor=0.1)
-    t, _ = trained(tmp_path, monitor, trace=False, max_completion_length=32)
+    t, _ = trained(tmp_path, monitor, trace=False, max_completion_length=24)
     rates = {m["step"]: m["learning_rate"] for m in t.state.log_history if "learning_rate" in m}
     broke = monitor.alarms[0].step
     assert rates[broke] == 1e-5 and rates[8] == pytest.approx(1e-6) and t.optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)

@@ -190,7 +190,7 @@ def test_the_engine_says_what_the_loss_says():
 
 
 def test_a_policy_with_one_logit_too_high_gets_its_ability_back():
-    tilted, tasks = policy(), make_tasks("lookup", "test", 64)
+    tilted, tasks = policy(), make_tasks("lookup", "test", 32)
     base = evaluate(tilted, TOKENIZER, tasks, ENVIRONMENTS).success
     tilted.lm_head.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)).index_fill(0, torch.tensor([END]), 4.0))
     corrected = evaluate(tilted, TOKENIZER, tasks, ENVIRONMENTS, engine=clamped_engine(tilted, TOKENIZER, bounds_of([Clamp("<|im_end|>", "forbidden", high=0)], TOKENIZER)))
@@ -282,7 +282,7 @@ def length_reward(completions, **_):
 
 
 def run(folder, steps=2, clamps=None, **options):
-    common = dict(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=8, max_completion_length=96, seed=0,
+    common = dict(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=8, max_completion_length=64, seed=0,
                   learning_rate=1e-4, save_strategy="no", disable_tqdm=True, report_to="none", probe="on", temperature=0.7, trace=False)
     t = TIRTrainer(tiny_policy(), length_reward, TIRConfig(**common | options), make_tasks("arithmetic", n=8), environment_factory=ENVIRONMENTS, interventions=clamps)
     t.seen, score = [], trainer.score_tokens
@@ -326,15 +326,15 @@ def test_the_trainers_loss_is_that_of_all_logits(tmp_path):
 
 def test_trainer_with_one_side_clamped(tmp_path):
     "Sampling only: the gap says that the policy in training is another one. Training only: a suppressed token that was sampled makes nothing infinite."
-    assert max(run(tmp_path / "sampling", clamps=TIGHT, intervene="sampling")[1]["sync/gap_max"]) > 0.1
-    t, logs = run(tmp_path / "training", clamps=[Clamp("<tool_call>", "start", high=0)], intervene="training")
+    assert max(run(tmp_path / "sampling", steps=1, clamps=TIGHT, intervene="sampling")[1]["sync/gap_max"]) > 0.1
+    t, logs = run(tmp_path / "training", steps=1, clamps=[Clamp("<tool_call>", "start", high=0)], intervene="training")
     assert max(logs["sync/gap_max"]) > 50 and all(torch.tensor(v).isfinite().all() for k, v in logs.items() if k in ("loss", "grad_norm"))
     assert all(p.isfinite().all() for p in t.model.parameters())
 
 
 def test_clamps_that_hold_nothing_change_nothing(tmp_path):
     loose = [Clamp("<tool_call>", "everywhere", high=0.9999999), Clamp("a", "start", low=0)]
-    (plain, _), (clamps, _) = (run(tmp_path / str(i), clamps=c) for i, c in enumerate(([], loose)))
+    (plain, _), (clamps, _) = (run(tmp_path / str(i), steps=1, clamps=c) for i, c in enumerate(([], loose)))
     assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), clamps.model.parameters(), strict=True))
 
 
@@ -343,7 +343,7 @@ def test_clamps_come_and_go_while_training(tmp_path):
     class Switch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step < 3: t.intervene([Clamp("<tool_call>", "start", high=0)] if state.global_step == 1 else None)
-    t = TIRTrainer(tiny_policy(), length_reward, TIRConfig(output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=16, num_generations=8, max_completion_length=160, seed=0,
+    t = TIRTrainer(tiny_policy(), length_reward, TIRConfig(output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=16, num_generations=8, max_completion_length=96, seed=0,
                    learning_rate=1e-5, save_strategy="no", report_to="none", trace=False), make_tasks("arithmetic", n=8), environment_factory=ENVIRONMENTS, callbacks=[Switch()])
     t.train()
     logs = t.state.log_history[:-1]

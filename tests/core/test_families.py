@@ -14,6 +14,7 @@ from tirlab.trainer import generation as rolling
 from tirlab.config.tir_config import TIRConfig
 from tirlab.rollout.drift import drift_check
 from tirlab.rollout.engines import BatchEngine, Sampled
+from tirlab.rollout.scripted import scripts
 from tirlab.eval.evaluate import evaluate
 from tirlab.core.families import FAMILIES, syntax_of, thought_spans, without_thoughts
 from tirlab.core.formats import make_format
@@ -294,7 +295,8 @@ def test_an_answer_never_becomes_control_tokens_nor_brings_others_words(name, ca
         plain, evil = (format.observe([ToolResult("remove", a)], ended) for a in ("85", " ".join(controls) + "85"))
         assert [plain.count(i) for i in ids] == [evil.count(i) for i in ids] and "85" in tok.decode(evil)
         assert "dummy" not in tok.decode(plain) and "dummy" not in tok.decode(format.reply("so?", ended))
-    assert drift_check(format).ok
+    talks = scripts(format.tokenizer.eos_token)
+    assert drift_check(format, {n: talks[n] for n in ("three turns", "written out")}).ok   # with all of them: test_drift.py
 
 
 def test_a_template_that_cannot_be_taken_apart_is_named():

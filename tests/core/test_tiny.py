@@ -27,7 +27,7 @@ PIECES = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", 
 
 
 @given(st.text() | st.lists(st.sampled_from(PIECES) | st.text(max_size=3)).map("".join))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_decoding_gives_back_any_text(text):
     ids = TOK.encode(text)
     assert TOK.decode(ids) == text and ids == tiny_tokenizer_once().encode(text)
@@ -38,7 +38,7 @@ def tiny_tokenizer_once(made=[]):  # noqa: B006
 
 
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=12).map("".join))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_turns_are_read_as_trl_reads_them(text):
     prefix = TOK.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False)
     tools = list(environment_tools(ENVIRONMENTS["arithmetic"]()).values())
@@ -64,15 +64,16 @@ def test_every_marker_is_one_token():
     assert all(len(ids) == 1 for name in SYNTAXES for ids in control_ids(TOK, name).values())
 
 
+@pytest.mark.parametrize("n", [24, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_base_success_leaves_room_and_signal(family, name):
+def test_base_success_leaves_room_and_signal(name, n):
+    "All families in one batch, for a step of sampling costs nearly the same for 24 rollouts as for 72."
     model = AutoModelForCausalLM.from_pretrained(tiny_policy())
-    rows = make_tasks(family, "test", 64 if name == "chat" else 48)
-    assert 0.05 < evaluate(model, TOK, rows, ENVIRONMENTS, call_format=name).success < 0.55
+    rewards = evaluate(model, TOK, make_tasks("all", "test", 3 * n), ENVIRONMENTS, call_format=name).rewards
+    for i, family in enumerate(FAMILIES): assert 0.05 < sum(rewards[i::3]) / n < 0.55, family
 
 
-@pytest.mark.parametrize("rows, steps, learnt", [(10, (60, 10), False), pytest.param(60, (400, 60), True, marks=pytest.mark.slow)], ids=["begun", "learnt"])
+@pytest.mark.parametrize("rows, steps, learnt", [(8, (24, 10), False), pytest.param(60, (400, 60), True, marks=pytest.mark.slow)], ids=["begun", "learnt"])
 def test_the_recipe_rebuilds_an_equivalent_policy_at_reduced_size(rows, steps, learnt, tmp_path):
     losses = make_tiny_policy(tmp_path, rows=rows, steps=steps, hidden_size=64, layers=2, seed=5)
     model, tok = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -116,7 +117,7 @@ def test_splits_do_not_overlap(family):
     assert list(make_tasks(family, "test", 20, seed=1)) == list(make_tasks(family, "test", 20, seed=1)) != list(make_tasks(family, "test", 20, seed=2))
 
 
-@pytest.mark.parametrize("n", [30, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [12, pytest.param(150, marks=pytest.mark.slow)])
 def test_no_held_out_pair_occurs_in_warm_up(n):
     "Every number in every warm-up conversation, tool answers and slips included, against the operands of the held-out split."
     held_out = {tuple(p.split("|")) for f in FAMILIES for level in (1, 2) for r in make_tasks(f, "content_ood", 3 * n, level=level) for p in r["pairs"]}

@@ -120,7 +120,7 @@ def test_the_syntaxes_show_the_same_functions():
 
 @pytest.mark.parametrize("call_format", [None, "json", "list"])
 def test_ground_truth_passes(call_format):
-    rows = SAMPLE + [row_of(t) for t in ODD]
+    rows = (SAMPLE[::2] if call_format else SAMPLE) + [row_of(t) for t in ODD]
     done, rewards = replay(rows, TOK, call_format)
     assert rewards == [1.0] * len(rows) == [float(verdict(r)) for r in rows]
     for row, t in zip(rows, done):
@@ -132,7 +132,7 @@ def test_ground_truth_passes(call_format):
 
 def test_each_spoilt_call_scores_as_the_checker_says():
     few = [row_of(r["task_id"]) for r in SAMPLE[::5]]
-    bad = [spoilt(r, i, SPOILT[(i + k) % len(SPOILT)]) for r in few for i in range(count_calls(r)) for k in range(2)]
+    bad = [spoilt(r, i, SPOILT[(i + n) % len(SPOILT)]) for n, r in enumerate(few) for i in range(count_calls(r))]
     ours, theirs = replay(bad, TOK)[1], [float(verdict(r)) for r in bad]
     assert ours == theirs and 0 < sum(theirs) < len(bad) / 2
 
@@ -241,7 +241,7 @@ def module_state():
 
 
 def test_the_same_task_beside_itself_gives_the_same():
-    rows = [r for r in SAMPLE for _ in range(2)]
+    rows = [r for r in SAMPLE[::2] for _ in range(2)]
     done, rewards = replay(rows, TOK)
     assert rewards == [1.0] * len(rows)
     for a, b in zip(done[::2], done[1::2]): assert a.messages == b.messages and a.completion_ids == b.completion_ids

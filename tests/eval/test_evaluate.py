@@ -56,7 +56,7 @@ def test_pass_at_k_is_unbiased_and_knows_its_limits():
 
 @pytest.mark.parametrize("items,tries,a,b", [(30, 1, 1, 1), (30, 8, 0.2, 3), (100, 8, 0.5, 0.1)])
 def test_intervals_hold_the_truth_in_95_of_100_benchmarks(items, tries, a, b):
-    rng, held, times = np.random.default_rng(items * tries), 0, 2500
+    rng, held, times = np.random.default_rng(items * tries), 0, 1200
     for p in rng.beta(a, b, (times, items)):
         low, high = interval(rng.binomial(tries, p) / tries, draws=300, seed=int(rng.integers(2**31)))
         held += low <= a / (a + b) <= high
@@ -103,15 +103,15 @@ class Stops:
 
 def test_a_run_goes_on_and_gives_what_it_would_have_given(policy, tmp_path):
     tasks = make_tasks("all", "test", 9)
-    run = lambda name, **more: evaluate_run(tmp_path / name, {"chat": (tasks, None)}, sampler(policy, **more), k=4, batch_size=12)
-    with pytest.raises(Stopped): run("a", wrap=lambda e: Stops(e, 40, Stopped()))
+    run = lambda name, **more: evaluate_run(tmp_path / name, {"chat": (tasks, None)}, sampler(policy, **more), k=2, batch_size=6)
+    with pytest.raises(Stopped): run("a", wrap=lambda e: Stops(e, 20, Stopped()))
     assert open_run(tmp_path / "a").status() == "failed" and 0 < len(read_items(tmp_path / "a")) < 9
     result, whole = run("a"), run("b")
     assert result["cells"] == whole["cells"] and result["complete"] and read_items(tmp_path / "a") == read_items(tmp_path / "b")
-    plain = evaluate(*policy, tasks, ENVIRONMENTS, k=4, limits=LIMITS, batch_size=12)
-    assert plain.estimates()["avg@4"].mean == result["cells"]["chat"]["estimates"]["avg@4"]["mean"]
+    plain = evaluate(*policy, tasks, ENVIRONMENTS, k=2, limits=LIMITS, batch_size=6)
+    assert plain.estimates()["avg@2"].mean == result["cells"]["chat"]["estimates"]["avg@2"]["mean"]
     left, right = (open_run(tmp_path / name) for name in "ab")
-    assert left.status() == "finished" and sorted(left.index().id) == sorted(right.index().id) and len(left.index()) == 36 and set(left.index().split) == {"eval"}
+    assert left.status() == "finished" and sorted(left.index().id) == sorted(right.index().id) and len(left.index()) == 18 and set(left.index().split) == {"eval"}
     for name in left.index().id[::7]:
         assert list(left.trajectory(name).ids) == list(right.trajectory(name).ids) and left.trajectory(name).reward == right.trajectory(name).reward
     before = (tmp_path / "a/index.jsonl").read_bytes()
@@ -119,25 +119,25 @@ def test_a_run_goes_on_and_gives_what_it_would_have_given(policy, tmp_path):
 
 
 def test_a_killed_process_goes_on(tmp_path):
-    words = ["tasks=arithmetic", "n=16", "k=2", "max_completion_length=64", "batch_size=4"]
+    words = ["tasks=arithmetic", "n=12", "k=2", "max_completion_length=64", "batch_size=4"]
     process, end = forked(cli.main, ["eval", *words, f"out={tmp_path}/a"], said=tmp_path / "said"), time.monotonic() + 120
     while time.monotonic() < end and process.is_alive() and not (tmp_path / "a/items.jsonl").exists(): time.sleep(0.02)
     process.kill()
     process.join()
-    with open(tmp_path / "a/items.jsonl", "a") as f: f.write('{"cell": "chat", "item": 15, "rewa')   # a line that the kill tore
-    assert 0 < len(read_items(tmp_path / "a")) < 16
+    with open(tmp_path / "a/items.jsonl", "a") as f: f.write('{"cell": "chat", "item": 11, "rewa')   # a line that the kill tore
+    assert 0 < len(read_items(tmp_path / "a")) < 12
     assert cli.main(["eval", *words, f"out={tmp_path}/a"]) == 0 and cli.main(["eval", *words, f"out={tmp_path}/b"]) == 0
     assert read_items(tmp_path / "a") == read_items(tmp_path / "b") and result_of(tmp_path / "a")["cells"] == result_of(tmp_path / "b")["cells"]
 
 
 def test_tries_that_fail_are_kept_marked_and_made_again(policy, tmp_path):
     cells = {"chat": (make_tasks("arithmetic", "test", 4), None)}
-    part = evaluate_run(tmp_path / "a", cells, sampler(policy, lambda e: Stops(e, 10, EngineError("the machine is on fire"))), k=4, batch_size=4)
+    part = evaluate_run(tmp_path / "a", cells, sampler(policy, lambda e: Stops(e, 7, EngineError("the machine is on fire"))), k=2, batch_size=4)
     assert not part["complete"] and part["failed"] > 0 and "the machine is on fire" in part["problem"]
     assert open_run(tmp_path / "a").status() == "interrupted"
     index = open_run(tmp_path / "a").index()
     assert (index.stop == "failed").sum() == part["failed"] and index[index.stop == "failed"].dropped.str.contains("on fire").all() and index[index.stop == "failed"].reward.isna().all()
-    again, whole = (evaluate_run(tmp_path / name, cells, sampler(policy), k=4, batch_size=4) for name in "ab")
+    again, whole = (evaluate_run(tmp_path / name, cells, sampler(policy), k=2, batch_size=4) for name in "ab")
     assert again["complete"] and again["cells"] == whole["cells"]
 
 

@@ -58,7 +58,7 @@ def server(say=solve, usage=True, seen=None):
         def log_message(self, *args): pass
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     try: yield f"http://127.0.0.1:{http.server_port}/v1"
     finally: http.shutdown(); http.server_close()
 

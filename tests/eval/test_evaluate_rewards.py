@@ -29,8 +29,12 @@ TASKS = make_tasks("arithmetic", "test", 4)
 TOK = AutoTokenizer.from_pretrained(tiny_policy())
 
 
-@pytest.fixture(scope="module")
-def model(): return AutoModelForCausalLM.from_pretrained(tiny_policy()).eval()
+@functools.cache
+def policy(): return AutoModelForCausalLM.from_pretrained(tiny_policy()).eval()
+
+
+@pytest.fixture
+def model(): return policy()
 
 
 def said(text, ids=(5, 6)): return Trajectory([1, 2], [Turn(list(ids), {"role": "assistant", "content": text}, TurnKind.RESPONSE)], StopReason.ANSWER)
@@ -98,7 +102,7 @@ def worlds(kinds):
 def trl(functions, environments, factory, weights, tmp_path):
     "TRL's own rewards: by function, total, extra columns and metrics."
     args = GRPOConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, reward_weights=weights, per_device_train_batch_size=4, num_generations=4)
-    trainer = GRPOTrainer(tiny_policy(), list(functions), args, Dataset.from_list(ROWS), processing_class=AutoTokenizer.from_pretrained(tiny_policy()), environment_factory=factory)
+    trainer = GRPOTrainer(policy(), list(functions), args, Dataset.from_list(ROWS), processing_class=TOK, environment_factory=factory)   # never trained
     trainer.environments, trainer.state.global_step, trainer.state.max_steps = environments, 1, 1
     table = trainer._calculate_rewards(ROWS, [r["prompt"] for r in ROWS], [t.messages for t in DONE], [t.completion_ids for t in DONE])
     total = (table * trainer.reward_weights).nansum(1)
@@ -278,7 +282,7 @@ def test_text_prompts_are_shown_as_text_as_in_training(model):
 def test_an_evaluation_of_the_policy_equals_trls_rewards_of_its_rollouts(model, tmp_path):
     found = evaluate(model, TOK, TASKS, PythonEnvironment, [answer_reward, KINDS["object"]], limits=RolloutLimits(96), reward_weights=[1.0, 0.01])
     args = GRPOConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=4, reward_weights=[1.0, 0.01])
-    trainer = GRPOTrainer(tiny_policy(), [answer_reward, KINDS["object"]], args, TASKS, processing_class=TOK, environment_factory=PythonEnvironment)
+    trainer = GRPOTrainer(model, [answer_reward, KINDS["object"]], args, TASKS, processing_class=TOK, environment_factory=PythonEnvironment)
     rows, trainer.environments = list(TASKS), [PythonEnvironment() for _ in TASKS]
     table = trainer._calculate_rewards(rows, [r["prompt"] for r in rows], [t.messages for t in found.trajectories], [t.completion_ids for t in found.trajectories])
     same(found.rewards, (table * trainer.reward_weights).nansum(1))

@@ -24,13 +24,13 @@ from tirlab.recipes.training import recipe_plan, recipe_trainer, train_recipe, t
 from tirlab.trainer.generation import score
 from tirlab.trainer.objective import score_tokens
 from tirlab.trainer.batch_credit import turn_credit
-from tirlab.recipes.demo import RewardBar
+from tirlab.trainer.progress import Progress
 from tirlab.rollout.writers import EndpointWriter
 from tirlab.core.tiny import tiny_policy
 from tirlab.traces.run import open_run
 
 ROOT = Path(__file__).parents[2]
-SMALL = dict(max_steps="3", num_generations="4", per_device_train_batch_size="8", steps_per_generation="1", max_completion_length="96", max_turn_length="48", n="8", level="1",
+SMALL = dict(max_steps="3", num_generations="4", per_device_train_batch_size="8", steps_per_generation="1", max_completion_length="64", max_turn_length="32", n="8", level="1",
              learning_rate="1e-4", save_strategy="no", report_to="none")
 
 
@@ -416,13 +416,13 @@ def test_checkpoints_end_batches_of_rollouts(tmp_path):
 def test_a_recipe_without_rounds_goes_on(tmp_path, monkeypatch, capsys):
     "Interrupted in the second step of three, and gone on with: the weights and the record of a run without interruption, in one folder; once more, and nothing happens."
     given = lambda name, **more: SMALL | dict(recipe="arpo", save_strategy="steps", save_steps="1", learning_rate="1e-3", output_dir=str(tmp_path / name)) | more
-    whole, real = train_recipe(given("whole")), RewardBar.on_step_end
+    whole, real = train_recipe(given("whole")), Progress.on_step_end
     def stop(self, args, state, control, **kwargs):
         if state.global_step == 2: raise KeyboardInterrupt
         real(self, args, state, control, **kwargs)
-    monkeypatch.setattr(RewardBar, "on_step_end", stop)
+    monkeypatch.setattr(Progress, "on_step_end", stop)
     with pytest.raises(KeyboardInterrupt): train_recipe(given("cut"))
-    monkeypatch.setattr(RewardBar, "on_step_end", real)
+    monkeypatch.setattr(Progress, "on_step_end", real)
     with pytest.raises(ValueError, match="already holds a run"): train_recipe(given("cut"))
     with pytest.raises(ValueError, match="learning_rate is 1e-4, and was 1e-3 when .* was begun"): train_recipe(given("cut", learning_rate="1e-4"), resume=True)
     for _ in range(2):

@@ -28,7 +28,7 @@ TOK = AutoTokenizer.from_pretrained(tiny_policy())
 ASKED = [[{"role": "user", "content": f"rab has {n}, then +48, then *6. How many?"}] for n in (7, 37, 381)]
 FIRST = [TOK.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in ASKED]
 PROMPTS = [FIRST[i % 3] for i in range(9)]
-EACH = [Sampling(48, seed=noise_seed(0, 1, row, 0)) for row in range(9)]
+EACH = [Sampling(32, seed=noise_seed(0, 1, row, 0)) for row in range(9)]
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,13 @@ class Game:
     def get_reward(self): return float(len(self.heard))
 
 
+class Ends(PythonEnvironment):
+    "Ends the episode after a call, whatever it returned."
+    seen = 0.0
+    def _over(self, turns): self.seen = float(len(turns[-1].results)); return True
+    def get_reward(self): return self.seen
+
+
 class Chat(PythonEnvironment):
     "The same, with a tool."
     reset, _reply = Game.reset, Game._reply
@@ -80,3 +87,14 @@ def test_a_games_reward_is_learnt_from(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "rewards/Game/mean" in entry]
     assert len(logged) == 2 and all(entry["rewards/Game/mean"] > 1 for entry in logged)
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+
+
+def test_an_environment_ends_the_rollout_after_a_call(tmp_path):
+    "The results are kept: they are what the reward is about."
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Compute 12+34."}]] * 4})
+    trainer = TIRTrainer(tiny_policy(), [seen], TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), **SMALL | dict(max_turn_length=64)), rows, environment_factory=Ends)
+    batches, inner = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (batches.append((inner(inputs), trainer.batch.trajectories)), batches[-1][0])[1]
+    trainer.train()
+    called = [t for _, batch in batches for t in batch if t.results]
+    assert called and all(t.stop is StopReason.DONE and len(t.turns) == 1 and t.messages[-1]["role"] == "tool" and t.mask[-1] == 0 for t in called)

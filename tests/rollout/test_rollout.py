@@ -25,7 +25,7 @@ from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.core.trajectory import StopReason, ToolCall
 
 TOK = AutoTokenizer.from_pretrained(tiny_policy(), padding_side="left")
-SMALL = dict(per_device_train_batch_size=16, num_generations=8, max_completion_length=160, max_steps=1, learning_rate=1e-4, save_strategy="no", disable_tqdm=True)
+SMALL = dict(per_device_train_batch_size=16, num_generations=8, max_completion_length=96, max_steps=1, learning_rate=1e-4, save_strategy="no", disable_tqdm=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ class Late(PythonEnvironment):
         return super().python(code)
 
 
-def play(model, schedule, seed=0, n=12, engine=None, limits=RolloutLimits(160), environment=Late, sampling=Sampling(2**31)):
+def play(model, schedule, seed=0, n=12, engine=None, limits=RolloutLimits(96), environment=Late, sampling=Sampling(2**31)):
     "Roll `n` arithmetic tasks out."
     tasks, engine = list(make_tasks("arithmetic", "test", n)), engine or GenerateEngine(model, TOK)
     environments = [environment() for _ in tasks]
@@ -55,13 +55,17 @@ def play(model, schedule, seed=0, n=12, engine=None, limits=RolloutLimits(160), 
         return rollouts(tasks, engine, environments, [ChatFormat(TOK, list(environment_tools(e).values())) for e in environments], limits, sampling=sampling, seed=(seed,), schedule=schedule)
 
 
+@pytest.fixture(scope="module")
+def played(model): return play(model, "turn")
+
+
 # ---- noise
 
 
-def test_schedules_and_tool_delays_change_nothing(model):
+def test_schedules_and_tool_delays_change_nothing(model, played):
     "schedule='turn' is the same bit for bit whatever the tools' delays; 'eager' draws the same tokens."
     state = torch.random.get_rng_state()
-    first, second, eager, other = play(model, "turn"), play(model, "turn"), play(model, "eager"), play(model, "turn", seed=1)
+    first, second, eager, other = played, play(model, "turn"), play(model, "eager"), play(model, "turn", seed=1)
     assert [(t.completion_ids, t.logprobs, t.stop) for t in first] == [(t.completion_ids, t.logprobs, t.stop) for t in second]
     assert [t.completion_ids for t in first] == [t.completion_ids for t in eager] != [t.completion_ids for t in other]
     assert sum(len(t.turns) > 1 for t in first) > 3 and torch.equal(state, torch.random.get_rng_state())
@@ -214,8 +218,8 @@ def breaks(model, when):
     return Breaks(model, TOK)
 
 
-def test_a_failed_row_keeps_nothing_and_the_others_go_on(model):
-    whole, some = play(model, "turn"), play(model, "turn", engine=breaks(model, lambda ids, s: TOK.decode(ids).count("assistant") == 2))
+def test_a_failed_row_keeps_nothing_and_the_others_go_on(model, played):
+    whole, some = played, play(model, "turn", engine=breaks(model, lambda ids, s: TOK.decode(ids).count("assistant") == 2))
     assert {t.stop for t in some} >= {StopReason.FAILED, StopReason.ANSWER}
     for a, b in zip(whole, some):
         assert (b.stop is StopReason.FAILED and not b.turns and b.error == "The server is gone." and len(a.turns) > 1) or a.completion_ids == b.completion_ids
@@ -396,7 +400,7 @@ def test_a_template_without_tools_trains_with_calls_as_text(tmp_path):
 
 def test_eager_training_gives_the_same_trajectories(tmp_path):
     def go(name):
-        t = trainer(tmp_path / name, schedule=name, max_completion_length=120)
+        t = trainer(tmp_path / name, schedule=name)
         t.train()
         run = open_run(t.run_dir)
         return [run.trajectory(i).ids.tolist() if hasattr(run.trajectory(i).ids, "tolist") else list(run.trajectory(i).ids) for i in run.index().id]
@@ -475,7 +479,7 @@ def test_without_tools_a_failed_row_is_no_token_to_learn(tmp_path):
 
 def test_every_train_takes_the_weights_anew(tmp_path):
     "Steps are counted from 0 in every `train`; an engine that renews its weights by version must not be fooled."
-    t = trainer(tmp_path)
+    t = trainer(tmp_path, max_completion_length=48)
     theirs = AutoModelForCausalLM.from_pretrained(tiny_policy())
     class Copy(GenerateEngine):
         version = None
@@ -529,7 +533,7 @@ def test_a_lost_sandbox_costs_a_rollout_one_more_try(faults, tmp_path):
             if self.left >= 0: raise SandboxFault("gone")
             return "85"
 
-    args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=16, num_generations=8, max_completion_length=160, seed=0,
+    args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=16, num_generations=8, max_completion_length=96, seed=0,
                      report_to="none", save_strategy="no", disable_tqdm=True)
     t = TIRTrainer(tiny_policy(), answer_reward, args, make_tasks("arithmetic", n=8), environment_factory=Frail)
     t.train()

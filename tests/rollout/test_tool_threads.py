@@ -22,7 +22,7 @@ from tirlab.rollout.loop import run_async
 from tirlab.rollout.metrics import failing_tools
 from tirlab.core.trajectory import StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn, TurnKind
 
-SMALL = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=160, max_steps=1, learning_rate=1e-4, save_strategy="no", disable_tqdm=True, trace=False, seed=0)
+SMALL = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=96, max_steps=1, learning_rate=1e-4, save_strategy="no", disable_tqdm=True, trace=False, seed=0)
 
 
 class Sqlite:
@@ -118,7 +118,7 @@ def test_tools_bound_to_a_thread_evaluate(environment, running):
     made = type(environment.__name__, (environment,), {})
     reads, _ = read_by(made)
     model, tok = AutoModelForCausalLM.from_pretrained(tiny_policy()).eval(), AutoTokenizer.from_pretrained(tiny_policy())
-    found = called_from(running, lambda: evaluate(model, tok, make_tasks("arithmetic", "test", 16), made, reads, limits=RolloutLimits(160)))
+    found = called_from(running, lambda: evaluate(model, tok, make_tasks("arithmetic", "test", 16), made, reads, limits=RolloutLimits(96)))
     results = [r for t in found.trajectories for r in t.results if r.error not in (ToolError.UNKNOWN, ToolError.MALFORMED)]
     assert len(results) >= 4 and not [r.content for r in results if "thread" in r.content] and any(r.error is None for r in results)
     assert found.rewards == [2.0] * 16   # what `get_reward` says, and a reward function that reads the environment
@@ -355,7 +355,7 @@ def test_a_first_batch_in_which_every_call_fails_is_a_warning(environment, said,
     with pytest.warns(UserWarning, match=said) as caught: t.train()
     assert sum("tool calls of the first batch failed" in str(w.message) for w in caught) == 1
     model, tok = AutoModelForCausalLM.from_pretrained(tiny_policy()).eval(), AutoTokenizer.from_pretrained(tiny_policy())
-    with pytest.warns(UserWarning, match="the disk is gone" if environment is Broken else "only works in main thread.*Set `_thread_bound = True`"): evaluate(model, tok, make_tasks("arithmetic", "test", 16), environment, limits=RolloutLimits(160))
+    with pytest.warns(UserWarning, match="the disk is gone" if environment is Broken else "only works in main thread.*Set `_thread_bound = True`"): evaluate(model, tok, make_tasks("arithmetic", "test", 16), environment, limits=RolloutLimits(96))
 
 
 @pytest.mark.parametrize("results,said", [

@@ -32,6 +32,7 @@ from tirlab.sandbox.client import run_python
 from tirlab.core.trajectory import ToolCall
 
 pytestmark = pytest.mark.skipif(bool(sandbox.missing(sandbox.isolation_level())), reason=f"no sandbox: {sandbox.missing(sandbox.isolation_level())}")
+TLS = httpx.create_ssl_context()   # once: it takes longer than a request
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
                     lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4))
@@ -157,7 +158,7 @@ def test_any_bytes_to_the_http_server(http_server, data):
     "language", "run_timeout", "memory_limit_MB", "stdin", "files", "fetch_files")}))
 def test_any_json_to_the_http_server(http_server, body):
     url, headers = f"http://127.0.0.1:{http_server.server_port}/run_code", {"Content-Type": "application/json"}
-    response = httpx.post(url, content=json.dumps(body), headers=headers, timeout=30)
+    response = httpx.post(url, content=json.dumps(body), headers=headers, timeout=30, verify=TLS)
     assert response.status_code in (200, 422), response.text
     assert response.status_code == 422 or response.json()["status"] in ("Success", "Failed")
 

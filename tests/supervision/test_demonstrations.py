@@ -212,12 +212,13 @@ def test_environments_are_fresh_and_closed():
 @pytest.mark.parametrize("schedule", ["turn", "eager"])
 def test_rows_of_ones_own_change_no_other(model, schedule):
     model.eval()
+    rows = ROWS.select(range(6))
     def go(own):
-        prompts, named, formats, owned, _ = map(list, zip(*(open_row(r, TOK, ENVIRONMENTS) for r in ROWS)))
+        prompts, named, formats, owned, _ = map(list, zip(*(open_row(r, TOK, ENVIRONMENTS) for r in rows)))
         engines = {i: Demonstrator(*read_ground_truth(ROWS[i]), formats[i]) for i in own}
-        return rollouts(prompts, GenerateEngine(model, TOK, schedule == "eager"), named, formats, RolloutLimits(400), seed=(5, "own"), first_row=40, schedule=schedule, owners=owned, engines=engines)
+        return rollouts(prompts, GenerateEngine(model, TOK, schedule == "eager"), named, formats, RolloutLimits(250), seed=(5, "own"), first_row=40, schedule=schedule, owners=owned, engines=engines)
     without = go([])
-    for own in [0], [3, 7, 11], [*range(11)], [*range(12)]:
+    for own in [1, 3], [*range(5)], [*range(6)]:
         for i, (a, b) in enumerate(zip(go(own), without)):
             if i in own: assert a.logprobs is None and a.messages[-1]["content"] == ROWS[i]["answer"]
             else: assert (a.completion_ids, a.mask, a.stop) == (b.completion_ids, b.mask, b.stop) and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)

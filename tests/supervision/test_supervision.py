@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import small_policy
 
 import tirlab.trainer.generation
 from tirlab.all import AuxiliarySFT, Hints, OffPolicy, Replay, TIRConfig, TIRTrainer, answer_reward, demonstrate, make_tasks, open_run, tiny_policy
@@ -17,10 +18,10 @@ GROUP, TOK = 4, tiny_tokenizer()
 TASKS = make_tasks("all", n=6)
 
 
-def trainer(folder, supervision=None, **options):
+def trainer(folder, supervision=None, policy=None, **options):
     args = dict(output_dir=str(folder), run_dir=str(folder / "run"), max_steps=1, per_device_train_batch_size=2 * GROUP, num_generations=GROUP, max_completion_length=128, learning_rate=1e-4,
                 seed=0, save_strategy="no", disable_tqdm=True, report_to="none", probe="off")
-    return TIRTrainer(tiny_policy(), answer_reward, TIRConfig(**args | options), TASKS, TASKS, environment_factory=ENVIRONMENTS, supervision=supervision)
+    return TIRTrainer(policy or small_policy(), answer_reward, TIRConfig(**args | options), TASKS, TASKS, environment_factory=ENVIRONMENTS, supervision=supervision)
 
 
 def batch(t, rows=(0, 1)):
@@ -40,7 +41,8 @@ def test_what_is_shown_and_told_and_what_the_others_sample(tmp_path, call_format
     "One demonstration and one hint a group; whoever is left alone draws the tokens it would have drawn, and no prompt in the batch has a hint in it."
     asked, real = [], tirlab.trainer.generation.rollouts
     monkeypatch.setattr(tirlab.trainer.generation, "rollouts", lambda prompts, *args, **kwargs: asked.append(list(prompts)) or real(prompts, *args, **kwargs))
-    plain, helped = trainer(tmp_path / "a", trace=False, call_format=call_format), trainer(tmp_path / "b", [Hints(1), OffPolicy(1)], trace=False, call_format=call_format)
+    policy = tiny_policy() if call_format in (None, "fenced") else None   # calls tools itself
+    plain, helped = (trainer(tmp_path / n, s, policy, trace=False, call_format=call_format) for n, s in (("a", None), ("b", [Hints(1), OffPolicy(1)])))
     before, after = batch(plain), batch(helped)
     assert [t.origin for t in helped.batch.trajectories] == ["demonstration", "hinted", "sampled", "sampled"] * 2 and {t.origin for t in plain.batch.trajectories} == {"sampled"}
     for i, (a, b) in enumerate(zip(plain.batch.trajectories, helped.batch.trajectories)):

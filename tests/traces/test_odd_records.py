@@ -15,7 +15,7 @@ from tirlab.traces.annotations import bookmark, config_diff, read_bookmarks
 from tirlab.plots.export import export_dataset, export_html
 from tirlab.plots.groups import prompts, rollout_html
 from tirlab.traces.rows import SCHEMA, write_scored
-from tirlab.traces.search import control_spikes, find, find_text
+from tirlab.traces.search import control_spikes, find, search_parts
 from tirlab.traces.terminal import overview, shown
 from tirlab.traces.run import TraceRow, open_run
 
@@ -69,8 +69,8 @@ def read_everything(run, folder, id):
     assert len(table) and index.id.is_unique and run.skipped == 0 and steps.trajectories.sum() == len(index)
     rollout_html(row, run.trajectory(index.id.iloc[0]))
     find(index, text="no such text", kinds=["response"], failed=True, stop=["answer"])
-    found, lost = find_text(run, find(index, steps=(4, 4)), ".")
-    assert not lost and isinstance(control_spikes(steps, CONTROL), pd.DataFrame)
+    found = list(search_parts(run, ".", regex=True, rows=find(index, steps=(4, 4))))
+    assert not any(part.unreadable for part in found) and len(repr(run).splitlines()) <= 20 and len(repr(row).splitlines()) <= 20 and isinstance(control_spikes(steps, CONTROL), pd.DataFrame)
     bookmark(run.path, id, HALF)
     assert read_bookmarks(run.path)[id]["note"] == "half \ufffd"
     config_diff({"a": run.meta(), "b": run.meta() | {"model": None}})

@@ -272,11 +272,6 @@ def test_metrics_keep_infinity_and_know_nan(tmp_path):
     json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
 
 
-def test_reading_needs_no_torch():
-    code = "import sys, tirlab.traces.run; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.mark.parametrize("row", [0, 7, 8, 19])
 def test_only_its_row_group_is_read(tmp_path, row):
     write_parquet(tmp_path / "rows.parquet", [make_row(1, i) for i in range(20)])

@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from small import small_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer
 
+from tirlab.core.settings import SettingError
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
 from tirlab.trainer.batch import Batch, BatchBuilder, Group, replayed, task_name
 from tirlab.trainer.objective import score_tokens
@@ -41,7 +43,7 @@ def trainer(tmp_path, monkeypatch, steps=2, **options):
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted)
     common = dict(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), max_steps=steps, per_device_train_batch_size=2 * GROUP, num_generations=GROUP, engine="trl",
                   max_completion_length=300, learning_rate=1e-3, seed=3, save_strategy="no", disable_tqdm=True, report_to="none", lr_scheduler_type="constant")
-    return TIRTrainer(tiny_policy(), [reward], TIRConfig(**common | options), TASKS, environment_factory=PythonEnvironment)
+    return TIRTrainer(small_policy(), [reward], TIRConfig(**common | options), TASKS, environment_factory=PythonEnvironment)
 
 
 def rows_of(t):
@@ -143,10 +145,11 @@ def test_a_curriculum_begins_with_the_easy_ones(tmp_path, monkeypatch):
         BatchBuilder(TIRConfig(output_dir=str(tmp_path), prompt_sampling="mopps"), TASKS.to_iterable_dataset(), torch.ones(1))
 
 
-@pytest.mark.parametrize("options, says", [(dict(oversample=2.0), "set min_reward_std"), (dict(oversample=0.5, min_valid=2), "give 1 or more"), (dict(prompt_sampling="best"), "'mopps'"),
+@pytest.mark.parametrize("options, says", [(dict(oversample=2.0), "min_reward_std"), (dict(oversample=0.5, min_valid=2), "1 or more"), (dict(prompt_sampling="best"), "'mopps'"),
                                            (dict(mopps_decay=2.0), "between 0 and 1"), (dict(replay_successes=-1), "at least 0"), (dict(curriculum_steps=0), "at least 1")])
 def test_wrong_arguments_are_refused_by_name(options, says, tmp_path):
-    with pytest.raises(ValueError, match=says): TIRConfig(output_dir=str(tmp_path), **options)
+    with pytest.raises(SettingError, match=says) as error: TIRConfig(output_dir=str(tmp_path), **options)
+    assert options[error.value.field] == error.value.value
 
 
 def test_reference_and_moments_are_reset(tmp_path, monkeypatch):

@@ -6,9 +6,10 @@ import math
 import pandas as pd
 import pytest
 import torch
+from small import small_policy
 from trl import GRPOConfig, GRPOTrainer
 
-from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, tiny_policy
+from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks
 
 SMALL = dict(per_device_train_batch_size=4, num_generations=4, max_completion_length=48, max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True, log_completions=True)
 DEEP = []
@@ -28,7 +29,7 @@ ODD = {"no arguments": call({}), "half an emoji": said("\ud83d and \ude00"), "ha
 
 def made(folder, reward=None, **options):
     args = TIRConfig(output_dir=str(folder), trace=False, **SMALL | options)
-    return TIRTrainer(tiny_policy(), reward or (lambda completions, **kwargs: [0.0] * len(completions)), args, make_tasks("arithmetic", n=4), environment_factory=PythonEnvironment)
+    return TIRTrainer(small_policy(), reward or (lambda completions, **kwargs: [0.0] * len(completions)), args, make_tasks("arithmetic", n=4), environment_factory=PythonEnvironment)
 
 
 def fill(t, completions, **extra):
@@ -90,7 +91,7 @@ def test_a_run_whose_reward_logs_a_mixture_and_whose_policy_calls_without_argume
 def test_trl_writes_the_same_table_where_it_can(tmp_path):
     "Names, columns, roles and contents of an ordinary table are TRL's."
     ours = made(tmp_path / "a")
-    theirs = GRPOTrainer(tiny_policy(), lambda completions, **kwargs: [0.0] * len(completions), GRPOConfig(output_dir=str(tmp_path / "b"), use_cpu=True, bf16=False, **SMALL), make_tasks("arithmetic", n=4))
+    theirs = GRPOTrainer(small_policy(), lambda completions, **kwargs: [0.0] * len(completions), GRPOConfig(output_dir=str(tmp_path / "b"), use_cpu=True, bf16=False, **SMALL), make_tasks("arithmetic", n=4))
     theirs.reward_func_names = ours.reward_func_names
     for t in (ours, theirs):
         fill(t, [said("4"), said("5")])

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from small import halves, small_policy
 from test_app import app
 from test_trouble import Breaks
 from transformers import ProgressCallback
@@ -13,16 +14,15 @@ from tirlab.trainer.recording import without_gradient
 SMALL = dict(per_device_train_batch_size=4, num_generations=4, max_completion_length=48, learning_rate=1e-4, save_strategy="no", report_to="none", seed=0, probe="off")
 
 
-def halves(completions, **kwargs): return [float(i % 2) for i in range(len(completions))]
 def equal(completions, **kwargs): return [0.7] * len(completions)
 def none(completions, **kwargs): return [None] * len(completions)
 def unbounded(completions, **kwargs): return [float("inf")] * len(completions)
 
 
-def trained(folder, reward=halves, steps=2, environment=PythonEnvironment, **options):
+def trained(folder, reward=halves, steps=2, environment=PythonEnvironment, policy=None, **options):
     "A run, and what it warned of; what the record and the bar said after each step."
     args = TIRConfig(output_dir=str(folder), run_dir=str(folder / "run"), max_steps=steps, **SMALL | options)
-    t = TIRTrainer(tiny_policy(), reward, args, make_tasks("arithmetic", n=8), environment_factory=environment)
+    t = TIRTrainer(policy or small_policy(), reward, args, make_tasks("arithmetic", n=8), environment_factory=environment)
     t.seen = []
     class Look(ProgressCallback):
         def on_log(self, args, state, control, **kwargs):
@@ -37,7 +37,7 @@ def trained(folder, reward=halves, steps=2, environment=PythonEnvironment, **opt
 
 
 EMPTY = {"void turns": (halves, dict(void_filter="trajectory", answer_pattern="never said", answer_template="never said {}"), "8 of 8 rollouts dropped: void turn"),
-         "cut off": (halves, dict(mask_truncated_completions=True, max_completion_length=2, environment=None), "8 of 8 rollouts dropped: cut off"),
+         "cut off": (halves, dict(mask_truncated_completions=True, max_completion_length=2, environment=None, policy=tiny_policy()), "8 of 8 rollouts dropped: cut off"),
          "zero variance": (equal, dict(), "8 of 8 rollouts without a gradient: zero-variance group"),
          "zero-variance groups dropped": (equal, dict(min_reward_std=1e-3), "8 of 8 rollouts dropped: group zero variance"),
          "by turn": (equal, dict(advantage="gtpo", gamma=1.0, format_penalty=0.0), "8 of 8 rollouts without a gradient: zero-variance group"),
@@ -59,7 +59,7 @@ def test_a_run_in_which_no_step_has_a_gradient_ends_with_a_warning(reward, optio
 def test_what_failed_is_said_by_its_error(tmp_path):
     "The second group is whole and earns the same: one failed, seven are equal."
     args = TIRConfig(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), max_steps=1, **SMALL | dict(per_device_train_batch_size=8))
-    t = TIRTrainer(tiny_policy(), equal, args, make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
+    t = TIRTrainer(small_policy(), equal, args, make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
     t.engine = Breaks(t, ("train", 1, 2))
     with pytest.warns(UserWarning, match=r"8 of 8 rollouts without a gradient: zero-variance group \(7\), a hiccup \(1\)"): t.train()
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from small import halves, small_policy
 
 import tirlab.trainer.objective
-from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
+from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run
 
 SMALL = dict(per_device_train_batch_size=8, num_generations=8, max_completion_length=64, max_steps=2, learning_rate=2e-3, lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True,
              report_to="none", seed=0)
@@ -13,13 +14,10 @@ SEVERAL = {"iterations": dict(num_iterations=2), "parts": dict(steps_per_generat
            "accumulation": dict(num_iterations=2, gradient_accumulation_steps=2, per_device_train_batch_size=4, num_generations=4)}
 
 
-def halves(completions, **kwargs): return [float(i % 2) for i in range(len(completions))]
-
-
 def trained(folder, monkeypatch=None, **options):
     "A run on the CPU, and the ratios that its losses saw: step, number of the row, largest ratio, whether it was dropped."
     seen, ours = [], tirlab.trainer.objective.drop_high_ratios
-    t = TIRTrainer(tiny_policy(), halves, TIRConfig(output_dir=str(folder), run_dir=str(folder / "run"), **SMALL | options), make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
+    t = TIRTrainer(small_policy(), halves, TIRConfig(output_dir=str(folder), run_dir=str(folder / "run"), **SMALL | options), make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
     def listen(trainer, inputs, logp, mask):
         (changed, kept), old = ours(trainer, inputs, logp, mask), inputs.get("old_per_token_logps")
         largest = torch.ones(len(logp)) if old is None else ((logp.detach() - old).exp() * mask).amax(1)

@@ -1,16 +1,18 @@
 """Rounds of RL and of supervised training in one run: heads, references, resuming, alarms."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 import rounds
 import torch
 from forks import ended, forked, side_by_side
+from small import small_policy
 from transformers import TrainerCallback
 
-from tirlab.all import (CollapseMonitor, DemonstrationSFT, Detectors, ErroneousTrajectories, Hints, Interleave, OnAlarm, Reflections, RejectionSampling, TIRConfig, TIRTrainer, answer_reward,
-                        demonstrate, make_tasks, open_run, tiny_policy)
+from tirlab.all import (CollapseMonitor, DemonstrationSFT, Detectors, ErroneousTrajectories, Hints, Interleave, OnAlarm, Reflections, RejectionSampling, TIRConfig, TIRTrainer, demonstrate,
+                        make_tasks, open_run)
 from tirlab.collapse.monitor import Alarm
 from tirlab.trainer.interleave import cleared
 from tirlab.trainer.phases import bare_forward, last_checkpoint
@@ -19,18 +21,27 @@ from tirlab.envs.tasks import ENVIRONMENTS
 from tirlab.core.tiny import tiny_tokenizer
 
 TASKS, TOK = make_tasks("all", n=6), tiny_tokenizer()
-FIXED = [t for t in demonstrate(TASKS, TOK, ENVIRONMENTS)]
+HOPELESS = {row["prompt"][0]["content"] for row in list(TASKS)[::2]}
 
 
-def trainer(folder, callbacks=None, **options):
+def reward(prompts, completions, **kwargs):
+    "Every second rollout succeeds, on every second task."
+    return [float(i % 2 and p[0]["content"] not in HOPELESS) for i, p in enumerate(prompts)]
+
+
+@cache
+def fixed(): return demonstrate(TASKS, TOK, ENVIRONMENTS)
+
+
+def trainer(folder, callbacks=None, rewards=reward, **options):
     args = dict(output_dir=str(folder), run_dir=str(folder / "run"), per_device_train_batch_size=8, num_generations=4, max_completion_length=128, learning_rate=1e-4, temperature=0.5,
                 seed=0, save_strategy="no", disable_tqdm=True, report_to="none", probe="off")
-    return TIRTrainer(tiny_policy(), answer_reward, TIRConfig(**args | options), TASKS, environment_factory=ENVIRONMENTS, callbacks=callbacks)
+    return TIRTrainer(small_policy(), rewards, TIRConfig(**args | options), TASKS, environment_factory=ENVIRONMENTS, callbacks=callbacks)
 
 
 def log_probabilities(t, model=None):
     "Of the fixed demonstrations, as the trainer's loss would score them."
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(x.prompt_ids + x.completion_ids) for x in FIXED], batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(x.prompt_ids + x.completion_ids) for x in fixed()], batch_first=True)
     with torch.no_grad(): return t._get_per_token_logps_and_entropies(model or t.model, ids, torch.ones_like(ids), ids.shape[1] - 1)[0]
 
 
@@ -49,7 +60,7 @@ def test_the_head_of_rl_comes_back_after_ten_phases(tmp_path):
 def test_supervised_training_changes_the_policy_and_kl_is_zero_right_after_a_reset(tmp_path):
     t = trainer(tmp_path, beta=0.1)
     before = log_probabilities(t)
-    Interleave([0, 1], [DemonstrationSFT(4)], sft=dict(learning_rate=1e-3, per_device_train_batch_size=2)).train(t)
+    Interleave([0, 1], [DemonstrationSFT(4)], sft=dict(learning_rate=1e-2, per_device_train_batch_size=2)).train(t)
     first = next(m for m in t.state.log_history if "kl" in m)
     assert first["kl"] == 0.0 and not torch.allclose(log_probabilities(t), before, atol=0.1)
 
@@ -57,7 +68,7 @@ def test_supervised_training_changes_the_policy_and_kl_is_zero_right_after_a_res
 def test_a_reference_that_is_kept_stays_where_it_was(tmp_path):
     t = trainer(tmp_path, beta=0.1)
     before = log_probabilities(t, t.ref_model)
-    Interleave([0, 1], [DemonstrationSFT(4)], sft=dict(learning_rate=1e-3, per_device_train_batch_size=2), reference="kept").train(t)
+    Interleave([0, 1], [DemonstrationSFT(4)], sft=dict(learning_rate=1e-2, per_device_train_batch_size=2), reference="kept").train(t)
     assert torch.equal(log_probabilities(t, t.ref_model), before) and next(m for m in t.state.log_history if "kl" in m)["kl"] > 1e-6
 
 
@@ -73,17 +84,17 @@ def test_moments_begin_anew_or_go_on(tmp_path, optimizer):
 
 def test_later_rounds_draw_other_prompts_and_one_folder_holds_all(tmp_path):
     t = trainer(tmp_path)
-    phases = Interleave([3, 3], [RejectionSampling(per_task=2), ErroneousTrajectories()]).train(t)
+    phases = Interleave([2, 2], [RejectionSampling(per_task=2), ErroneousTrajectories()]).train(t)
     run = open_run(tmp_path / "run")
     index = run.index()
     rl = index[index.phase == "rl"]
-    assert sorted(set(rl.step)) == [1, 2, 3, 4, 5, 6] and run.status() == "finished" and not (tmp_path / "run-2").exists()
-    asked = [rl[rl.step == s].task.tolist() for s in range(1, 7)]
-    assert asked[:3] != asked[3:]
+    assert sorted(set(rl.step)) == [1, 2, 3, 4] and run.status() == "finished" and not (tmp_path / "run-2").exists()
+    asked = [rl[rl.step == s].task.tolist() for s in range(1, 5)]
+    assert asked[:2] != asked[2:]
     taught = index[index.phase == "sft"]
-    assert len(taught) == phases[1]["rows"] > 0 and set(taught.step) == {3}
+    assert len(taught) == phases[1]["rows"] > 0 and set(taught.step) == {2}
     metrics = run.metrics()
-    assert metrics[metrics.split == "sft"]["sft/rows"].tolist() == [phases[1]["rows"]] and metrics[metrics.split == "train"].step.tolist() == [1, 2, 3, 4, 5, 6]
+    assert metrics[metrics.split == "sft"]["sft/rows"].tolist() == [phases[1]["rows"]] and metrics[metrics.split == "train"].step.tolist() == [1, 2, 3, 4]
     assert t.args.output_dir == str(tmp_path)
     row = run.trajectory(taught.id.iloc[-1])
     assert row.phase == "sft" and row.mask.any() and torch.tensor(row.logprob).isnan().all()
@@ -154,10 +165,15 @@ def test_two_processes_go_through_the_same_phases(tmp_path):
 
 # alarms
 
+def falling(completions, trainer_state, **kwargs):
+    "Half of the rollouts succeed in the first three steps of a round, then none."
+    return [float(i % 2 and trainer_state.global_step < 3) for i in range(len(completions))]
+
+
 def alarmed(folder, **options):
-    "A monitor that hears an alarm whenever the reward moves at all."
+    "A trainer whose reward falls, and a monitor that raises an alarm whenever it moves at all."
     monitor = CollapseMonitor(Detectors({"reward": "both"}, warmup=2, limit=0.5, slack=0.0), action="stop")
-    return trainer(folder, [monitor], **options), monitor
+    return trainer(folder, [monitor], falling, **options), monitor
 
 
 @pytest.mark.filterwarnings("ignore:Collapse alarm")

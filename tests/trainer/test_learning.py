@@ -6,10 +6,11 @@ import pytest
 import torch
 import two_processes
 from forks import ended, forked, side_by_side
+from small import small_policy
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
-from tirlab.algorithms.advantages import BY_TURN, ESTIMATORS
+from tirlab.algorithms.advantages import ESTIMATORS, tells_turns_apart
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
 from tirlab.algorithms.filters import has_answer, void_turns
 from tirlab.algorithms.losses import token_weights
@@ -17,7 +18,7 @@ from tirlab.trainer.objective import score_tokens
 from tirlab.trainer.batch_credit import turn_credit
 
 TOK = AutoTokenizer.from_pretrained(tiny_policy(), padding_side="left")
-GROUP = 4
+GROUP, TASKS = 4, make_tasks("arithmetic", n=8)
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
 
 
@@ -53,7 +54,7 @@ def trainer(tmp_path, monkeypatch, scripts=SCRIPTS, rewards=reward, steps=1, **o
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted(scripts))
     common = dict(output_dir=str(tmp_path), run_dir=str(tmp_path / "run"), max_steps=steps, per_device_train_batch_size=2 * GROUP, num_generations=GROUP, engine="trl",
                   max_completion_length=300, learning_rate=1e-3, seed=3, save_strategy="no", disable_tqdm=True, report_to="none", lr_scheduler_type="constant")
-    return TIRTrainer(tiny_policy(), [rewards], TIRConfig(**common | options), make_tasks("arithmetic", n=8), environment_factory=PythonEnvironment)
+    return TIRTrainer(small_policy(), [rewards], TIRConfig(**common | options), TASKS, environment_factory=PythonEnvironment)
 
 
 def batch_and_gradient(t):
@@ -82,7 +83,7 @@ def test_every_estimator_by_name(name, tmp_path, monkeypatch):
     inputs, loss, grad = batch_and_gradient(t)
     a = inputs["advantages"]
     assert a.isfinite().all() and grad.isfinite().all() and grad.any()
-    if name in BY_TURN:
+    if tells_turns_apart(name):
         turns = [[a[i, j].item() for j in range(len(x.turn_of_token)) if x.turn_of_token[j] == k] for i, x in enumerate(t.batch.trajectories) for k in range(len(x.turns))]
         assert all(len(set(x)) == 1 for x in turns) and any(len(set(a[i][torch.tensor(x.mask).bool().nonzero()[:, 0]].tolist())) > 1 for i, x in enumerate(t.batch.trajectories))
         for i, x in enumerate(t.batch.trajectories):
@@ -95,8 +96,8 @@ def test_grpo_and_its_estimator_agree(tmp_path, monkeypatch):
     "TRL's own advantages, and ours for the same rewards."
     t = trainer(tmp_path, monkeypatch)
     inputs, *_ = batch_and_gradient(t)
-    rewards, advantages, reasons = turn_credit(t, t.batch)
-    assert torch.allclose(advantages[:, 0], inputs["advantages"], atol=1e-6) and reasons == [None] * 8
+    rewards, advantages, reasons = turn_credit(t, t.batch, inputs)
+    assert torch.allclose(advantages, inputs["advantages"], atol=1e-6) and reasons == [None] * 8
 
 
 # ---- filters
@@ -349,6 +350,6 @@ def test_two_processes_learn_what_one_does(tmp_path):
         run = open_run(tmp_path / name / "run")
         rows = [run.trajectory(i) for i in run.index().id]
         runs.append(sorted((tuple(r.ids), tuple(round(a, 4) for a in r.turn_advantages), r.dropped, r.origin, r.hint) for r in rows))
-        assert len({r.rank for r in rows}) == (2 if name == "two" else 1) and len({r.group for r in rows}) == len(rows) // 16
+        assert len({r.rank for r in rows}) == (2 if name == "two" else 1) and len({r.group for r in rows}) == len(rows) // 8
     assert runs[0] == runs[1] and any(d for *_, d, _, _ in runs[0])
-    assert [r.origin for r in rows].count("demonstration") == len(rows) // 16 == [r.origin for r in rows].count("hinted") // 2
+    assert [r.origin for r in rows].count("demonstration") == len(rows) // 8 == [r.origin for r in rows].count("hinted") // 2

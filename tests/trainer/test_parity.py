@@ -18,6 +18,7 @@ import zlib
 
 import pytest
 import torch
+from small import small_policy
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -144,7 +145,7 @@ def run(trainer_class, setup, tmp_path, monkeypatch, steps=3, **options):
         args = GRPOConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, **common)
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted(firsts, setup == "sampler's logprobs"))
     tasks = make_tasks("all", n=12)
-    trainer = trainer_class(tiny_policy(), [messy_reward], args, tasks, tasks.select(range(2)), **kwargs)
+    trainer = trainer_class(small_policy(), [messy_reward], args, tasks, tasks.select(range(2)), **kwargs)
     batches, losses, grads = [], [], []
     inner_score, inner_loss, inner_clip = trainer._generate_and_score_completions, trainer._compute_loss, trainer.accelerator.clip_grad_norm_
     trainer._generate_and_score_completions = lambda inputs: (batches.append(inner_score(inputs)), batches[-1])[1]
@@ -187,7 +188,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("accumulation,iterations", [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_steps_equal_trl(accumulation, iterations, tmp_path, monkeypatch):
     options = dict(gradient_accumulation_steps=accumulation, num_iterations=iterations)
-    theirs, ours = (run(c, "class", tmp_path, monkeypatch, **options) for c in (GRPOTrainer, TIRTrainer))
+    theirs, ours = (run(c, "class", tmp_path, monkeypatch, steps=1 + iterations, **options) for c in (GRPOTrainer, TIRTrainer))
     assert_same(ours, theirs)
     assert any(p.abs().sum() > 0 for p in ours["grads"][0])      # there was something to compare
     assert {"answer", "malformed", "max_turns", "length"} <= set(ours["index"].stop)
@@ -205,7 +206,7 @@ def test_real_sampling_equals_trl(loss_type, tmp_path):
     "With transformers' own generate the draws are the same too: same prompts, same batches, same generator state."
     def go(trainer_class):
         common = dict(output_dir=str(tmp_path / trainer_class.__name__), max_steps=2, per_device_train_batch_size=GROUP, num_generations=GROUP, seed=5,
-                      max_completion_length=128, learning_rate=1e-3, save_strategy="no", disable_tqdm=True, loss_type=loss_type)
+                      max_completion_length=64, learning_rate=1e-3, save_strategy="no", disable_tqdm=True, loss_type=loss_type)
         if trainer_class is TIRTrainer:
             args = TIRConfig(malformed_calls="stop", max_observation_chars=None, engine="trl", **common)
         else:
@@ -223,5 +224,5 @@ def test_observing_a_broken_call_is_the_default(tmp_path, monkeypatch):
     SEEN.clear()
     args = TIRConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=GROUP, num_generations=GROUP, max_completion_length=BUDGET,
                      save_strategy="no", disable_tqdm=True, max_tool_calling_iterations=2, engine="trl")
-    TIRTrainer(tiny_policy(), [messy_reward], args, make_tasks("all", n=3), environment_factory=Echo).train()
+    TIRTrainer(small_policy(), [messy_reward], args, make_tasks("all", n=3), environment_factory=Echo).train()
     assert any("malformed tool call" in m["content"] for s in SEEN for c in s[1] for m in c if m["role"] == "tool")

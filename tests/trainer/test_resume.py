@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import halves, small_policy
 
-from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run, tiny_policy
+from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, open_run
 from tirlab.trainer.checkpoints import inside_batch
 from tirlab.trainer.phases import last_checkpoint
 from tirlab.recipes.training import train_recipe
@@ -22,12 +23,9 @@ BATCHES = {"iterations": dict(num_iterations=2), "parts": dict(steps_per_generat
 WHOLE = {"iterations": 2, "parts": 2, "both": 4, "both, accumulated": 2, "parts of three": 3, "one step": 1}   # steps after which a batch is over
 
 
-def halves(completions, **kwargs): return [float(i % 2) for i in range(len(completions))]
-
-
 def made(folder, n=64, **options):
     args = TIRConfig(output_dir=str(folder / "out"), run_dir=str(folder / "run"), **SMALL | options)
-    return TIRTrainer(tiny_policy(), halves, args, make_tasks("arithmetic", n=n), environment_factory=PythonEnvironment)
+    return TIRTrainer(small_policy(), halves, args, make_tasks("arithmetic", n=n), environment_factory=PythonEnvironment)
 
 
 def weights(t): return torch.cat([p.detach().flatten() for p in t.model.parameters()])
@@ -127,8 +125,8 @@ def test_lines_that_are_not_ours_stay(tmp_path):
 def test_the_command_line_goes_on_from_between_batches(tmp_path):
     "A checkpoint after every step, two steps a batch: --resume takes the one before, and ends alike."
     def given(name, steps):
-        return dict(recipe="dr_grpo", tasks="arithmetic", max_steps=str(steps), num_iterations="2", save_steps="1", output_dir=str(tmp_path / name), n="64", per_device_train_batch_size="16",
-                                        num_generations="8", max_completion_length="96")
+        return dict(recipe="dr_grpo", tasks="arithmetic", max_steps=str(steps), num_iterations="2", save_steps="1", output_dir=str(tmp_path / name), n="64", level="1", per_device_train_batch_size="8",
+                                        num_generations="8", max_completion_length="72")
     through = train_recipe(given("through", 4))
     shutil.copytree(tmp_path / "through", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/checkpoint-4")

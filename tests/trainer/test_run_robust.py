@@ -9,15 +9,15 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import run_abuse
+from forks import ended, forked
 from run_abuse import last_step
 from trace_rows import add_steps, make_row, make_run
 
@@ -31,12 +31,22 @@ from tirlab.traces.terminal import overview
 from tirlab.traces.run import RunError, RunWriter, open_run, trace_id
 from tirlab.core.trajectory import StopReason, Trajectory, Turn, TurnKind
 
-ABUSE = Path(__file__).parents[1].joinpath("run_abuse.py")
+def said_by(path): return Path(f"{path.parent}.said")   # beside the folder, which may be a disk that is full
 
 
-def start(*words):
-    process = subprocess.Popen([sys.executable, ABUSE, *map(str, words)], stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return process
+def start(kind, path, *numbers):
+    "A writer in a process of its own."
+    said_by(path).unlink(missing_ok=True)
+    return forked(getattr(run_abuse, kind), str(path), *numbers, said=said_by(path))
+
+
+def begun(kind, path):
+    "A writer that has begun."
+    writer, end = start(kind, path), time.monotonic() + 120
+    while not (said_by(path).exists() and said_by(path).read_text() == "up\n"):
+        assert writer.is_alive() and time.monotonic() < end
+        time.sleep(0.005)
+    return writer
 
 
 def same_row(row):
@@ -60,9 +70,8 @@ def whole(run, sample=None, seed=0):
 
 
 def beside_a_writer(path, seconds):
-    writer = start("write", path)
+    writer = begun("write", path)
     try:
-        assert writer.stdout.readline() == b"up\n"
         kept, seen, rounds, end = open_run(path), 0, 0, time.monotonic() + seconds
         while time.monotonic() < end:
             index = whole(kept, sample=3, seed=rounds)
@@ -73,15 +82,15 @@ def beside_a_writer(path, seconds):
                 whole(open_run(path), sample=1, seed=rounds)
             assert kept.status() == "running"
             seen, rounds = len(index), rounds + 1
-        assert writer.poll() is None and seen > 16
+        assert writer.is_alive() and seen > 16
     finally:
         writer.kill()
-        writer.wait()
+        ended(writer)
     return seen, rounds
 
 
 def test_a_reader_beside_a_writer(tmp_path):
-    beside_a_writer(tmp_path / "run", 4)
+    beside_a_writer(tmp_path / "run", 2)
 
 
 @pytest.mark.slow
@@ -95,17 +104,16 @@ def kills(path, times, seed=0):
     rng, kept = random.Random(seed), None
     for _ in range(times):
         before = last_step(path)
-        writer = start("write", path)
-        assert writer.stdout.readline() == b"up\n"
+        writer = begun("write", path)
         time.sleep(rng.random() * 0.5)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+        writer.kill()
+        assert ended(writer) == -9
         kept = kept or open_run(path)
         for run in (kept, open_run(path)):                    # one that was open all along, one opened on the ruins
             index = whole(run, sample=4, seed=rng.random())
             assert len(index) == 0 or index.step.max() >= before
     last = last_step(path)
-    assert start("write", path, last + 2).wait(120) == 0      # and on to the end
+    assert ended(start("write", path, last + 2)) == 0         # and on to the end
     index = whole(kept)
     assert sorted(index.id) == [trace_id(s, 0, i) for s in range(1, last + 3) for i in range(8)]
     assert kept.status() == "finished" and not list(path.rglob(".*.tmp"))
@@ -123,9 +131,8 @@ def test_a_writer_killed_at_random_fifty_times(tmp_path):
 
 
 def fills(kind, path, rounds, seed=0):
-    writer = start(kind, path, rounds, seed)
-    out = writer.communicate(timeout=600)[0]
-    assert writer.returncode == 0
+    assert ended(start(kind, path, rounds, seed), 600) == 0
+    out = said_by(path).read_text()
     assert int(out) > rounds / 4, "the disk was hardly ever full, so nothing was tested"
     run = open_run(path)
     index = whole(run)

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from small import small_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, answer_reward, make_tasks, open_run, tiny_policy
@@ -22,9 +23,9 @@ TOK = AutoTokenizer.from_pretrained(tiny_policy(), padding_side="left")
 SMALL = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=64, max_steps=1, learning_rate=1e-4, save_strategy="no", disable_tqdm=True, report_to="none")
 
 
-def trainer(folder, reward=answer_reward, dataset=None, environment=PythonEnvironment, **options):
+def trainer(folder, reward=answer_reward, dataset=None, environment=PythonEnvironment, policy=None, **options):
     args = TIRConfig(output_dir=str(folder), run_dir=str(folder / "run"), **SMALL | options)
-    return TIRTrainer(tiny_policy(), [reward], args, dataset or make_tasks("arithmetic", n=8), make_tasks("arithmetic", "test", 8), environment_factory=environment)
+    return TIRTrainer(policy or small_policy(), [reward], args, dataset or make_tasks("arithmetic", n=8), make_tasks("arithmetic", "test", 8), environment_factory=environment)
 
 
 class Breaks(GenerateEngine):
@@ -136,7 +137,7 @@ def test_training_with_continuous_batching_is_training_with_generate(tmp_path):
     "The same rollouts and the same step, whichever of transformers' engines sampled."
     rows = []
     for engine in ("generate", "continuous"):
-        t = trainer(tmp_path / engine, engine=engine, schedule="turn", max_steps=2)
+        t = trainer(tmp_path / engine, engine=engine, schedule="turn", max_steps=2, policy=tiny_policy())
         t.train()
         run = open_run(t.run_dir)
         rows.append([list(run.trajectory(i).ids) for i in run.index().id])
@@ -168,7 +169,7 @@ def test_functions_that_need_an_order_get_it(tmp_path):
             threads.append(threading.current_thread())
             running.pop()
             return str(len(threads))
-    t = trainer(tmp_path, environment=Counts, max_concurrent_tools=1, trace=False)
+    t = trainer(tmp_path, environment=Counts, policy=tiny_policy(), max_concurrent_tools=1, trace=False)
     t.train()
     assert threads and set(threads) == {threading.main_thread()}
     answers = sorted(int(r.content) for x in t.batch.trajectories for r in x.results if r.error is None)

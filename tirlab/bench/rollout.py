@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 # %% ../../nbs/80_bench/00_rollout.ipynb #6287bbc0
-from ..algorithms.advantages import gtpo
+from ..algorithms.advantages import gtpo, spread_to_tokens
 from ..config.tir_config import TIRConfig
 from ..rollout.continuous import ContinuousEngine
 from ..rollout.engines import GenerateEngine, Sampling, noise_seed
@@ -139,7 +139,7 @@ def bench_advantage(
         return time.perf_counter() - start
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = statistics.median(clock(lambda: gtpo(rewards, 8, turn_of_token)) for _ in range(21))
+    alone = statistics.median(clock(lambda: spread_to_tokens(gtpo(rewards, 8), turn_of_token)) for _ in range(21))
     torch.set_num_threads(threads)
     def step(trainer):
         trainer.current_gradient_accumulation_steps = 1

@@ -159,12 +159,12 @@ def sandbox(
     return 0
 
 # %% ../../nbs/90_cli/00_main.ipynb #86c6fd47
-BENCHES = {"rollout": "rollout", "advantage": "rollout", "engines": "rollout", "sandbox": "sandbox", "probe": "probe", "trace": "trace", "app": "app", "bfcl": "bfcl"}   # name -> module of tirlab.bench
+BENCHES = {"rollout": "rollout", "advantage": "rollout", "engines": "rollout", "sandbox": "sandbox", "probe": "probe", "trace": "trace", "app": "app", "bfcl": "bfcl", "tau2": "tau2"}   # name -> module of tirlab.bench
 
 def bench(
-    name: Literal[*BENCHES],   # rollout, advantage, engines, sandbox, probe, trace, app or bfcl
+    name: Literal[*BENCHES],   # rollout, advantage, engines, sandbox, probe, trace, app, bfcl or tau2
     *,
-    n: count = None,           # trajectories in a batch (64); bfcl: tasks (800)
+    n: count = None,           # trajectories in a batch (64); bfcl, tau2: tasks (800, 50)
     repeats: count = None,     # pairs of measurements; the median is reported (5)
     schedule: Literal["turn", "eager"] = None,          # of tirlab's rollouts (eager)
     engine: Literal["generate", "continuous"] = None,   # of tirlab's rollouts (generate)

@@ -165,9 +165,10 @@ _SIGNS = {"<function=": "xml", "<arg_key>": "glm", "<|tool_call>call:": "gemma",
           "<|channel|>commentary": "gptoss", '"parameters":': "llama"}
 
 def syntax_of(
-    name: str,   # "json", "xml", "fenced" or "list"; or a family's: "glm", "llama", "gptoss", "gemma", "lfm"
+    name: str | Syntax,   # "json", "xml", "fenced" or "list"; or a family's: "glm", "llama", "gptoss", "gemma", "lfm"; or a syntax of your own
 ) -> Syntax:
     "Return the syntax of this name. Raises: ValueError."
+    if isinstance(name, Syntax): return name
     known = SYNTAXES | FAMILIES
     if name not in known: raise ValueError(f"Unknown call syntax {name!r}; choose one of {', '.join(SYNTAXES)}.")
     return known[name]

@@ -7,7 +7,7 @@ __all__ = ['render_call', 'Format', 'ChatFormat', 'results_text', 'text_messages
 
 # %% ../../nbs/00_core/07_formats.ipynb #f3f5c7df
 import json, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Callable
 
@@ -18,8 +18,10 @@ from jinja2 import TemplateError
 # %% ../../nbs/00_core/07_formats.ipynb #e79d696c
 from .chat_templates import prepare_tokenizer, training_template
 from .families import family_of, syntax_of, template_syntax, thinking_tags, thought_spans, without_thoughts
+from .objects import qualified_name
 from .observations import escape_control_tokens, observation_ids, reply_ids
 from .schemas import tool_schemas
+from .settings import SettingError
 from .syntax import SYNTAXES
 from .trajectory import ToolCall, ToolResult, TurnKind, without_nulls
 from .turns import control_ids, parse_message, response_template, visible_kind
@@ -41,7 +43,7 @@ class Format:
     chat_template: str | None = None           # template to use in place of the tokenizer's
     template_kwargs: dict = field(default_factory=dict)   # further variables for the template
     end_tokens: list[int] | None = None        # tokens that end a turn; None for the tokenizer's end-of-sequence token alone
-    syntax: str = "json"                       # how calls are written: decides which run, structural states and markers
+    syntax: Any = "json"                       # how calls are written, a name or a `Syntax`: decides which run, structural states and markers
 
     @cached_property
     def known_family(self) -> str | None:
@@ -266,8 +268,18 @@ class TextFormat(Format):
         return _message(content, calls, thoughts, "thinking" if self.family in ("gptoss", "lfm") else "reasoning_content"), calls, kind
 
 # %% ../../nbs/00_core/07_formats.ipynb #05d66a0b
+_NEEDED = ("prompt", "parse", "observe", "reply", "ends", "cut", "goes_on", "stop_strings", "control_ids")   # of a format, by the rollout
+
+def _own_format(function, tokenizer, tools, settings):
+    "Return the format that a function of the user's makes, with the settings that it left open. Raises: SettingError where it is none."
+    made = function(tokenizer, tools)
+    if lacks := [n for n in _NEEDED if not hasattr(made, n)]:
+        why = f"returned a {type(made).__name__}, which has no {lacks[0]}; return a TextFormat, or an object with {', '.join(_NEEDED)}."
+        raise SettingError(f"call_format={qualified_name(function)} {why}", "call_format", function)
+    return replace(made, **{k: v for k, v in settings.items() if not getattr(made, k)}) if isinstance(made, Format) else made
+
 def make_format(
-    call_format: str | None,       # "json", "xml", "fenced" or "list"; None or "chat" for the template's own way
+    call_format: str | Callable | None,    # "json", "xml", "fenced" or "list"; None or "chat" for the template's own way; or f(tokenizer, tools), which returns a format
     tokenizer: Any,                # tokenizer with a chat template
     tools: list[Callable],         # tools that the model is offered
     chat_template: str | None = None,      # template to use in place of the tokenizer's
@@ -275,11 +287,12 @@ def make_format(
     end_tokens: list[int] | None = None,   # tokens that end a turn; None for the tokenizer's end-of-sequence token alone
 ) -> ChatFormat | TextFormat:
     "Return the format of one conversation. Raises: ValueError for an unknown call format, or a tokenizer that cannot use tools."
-    if call_format not in (None, "chat", *SYNTAXES):
+    if not callable(call_format) and call_format not in (None, "chat", *SYNTAXES):
         raise ValueError(f"Unknown call format {call_format!r}; choose chat, the template's own, or one of {', '.join(SYNTAXES)}.")
     try: tokenizer, chat_template = prepare_tokenizer(tokenizer, call_format, chat_template, template_kwargs)
     except ValueError:
         if tools: raise
     settings = (chat_template, template_kwargs or {}, end_tokens)
+    if callable(call_format): return _own_format(call_format, tokenizer, tools, dict(zip(("chat_template", "template_kwargs", "end_tokens"), settings)))
     if call_format not in (None, "chat"): return TextFormat(tokenizer, tools, *settings, call_format)
     return ChatFormat(tokenizer, tool_schemas(tools), *settings, Format(tokenizer, [], *settings).family)

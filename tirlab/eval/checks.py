@@ -101,7 +101,7 @@ def check_cells(
     if isinstance(sampler.engine, Endpoint) and (sampler.chat_template or sampler.template_kwargs):
         raise ValueError("An Endpoint renders with the server's own template; leave chat_template and template_kwargs out, or pass Endpoint(more={'chat_template_kwargs': ...}).")
     for dataset, call_format in cells.values():
-        if call_format not in (None, "chat", *SYNTAXES): raise ValueError(f"Unknown call format {call_format!r}; choose chat, the template's own, or one of {', '.join(SYNTAXES)}.")
+        if not callable(call_format) and call_format not in (None, "chat", *SYNTAXES): raise ValueError(f"Unknown call format {call_format!r}; choose chat, the template's own, or one of {', '.join(SYNTAXES)}.")
         if k < 1 or not len(dataset): check_rows(dataset, None, k)
         if factory is None and "prompt" not in dataset.column_names: raise ValueError(f"The dataset has no column `prompt`; it has {', '.join(dataset.column_names)}. Rename the one that asks.")
         here = {name: _tried(sampler, i, dataset[i], call_format) for name, i in _firsts(dataset, factory).items()}

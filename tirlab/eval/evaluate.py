@@ -7,12 +7,14 @@ __all__ = ['Evaluation', 'Failures', 'evaluate', 'restore', 'evaluate_cells']
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #ccc950be
 import inspect, math, warnings
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #f2a733fc
 from datasets import Dataset
+from fastcore.basics import patch
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #48fbc3f1
 from ..rollout.calls import RolloutLimits, wrong_thread
@@ -23,9 +25,10 @@ from .estimates import Estimate, summary
 from .rewards import event_loop, score_rows
 from .sampler import Sampler, completions_of, schedule_of, with_padding
 from ..collapse.interventions import Clamp, bounds_of, clamped_engine
+from ..rewards.turn_rewards import score_turns, turn_functions
 from ..rollout.metrics import failing_tools
 from ..rollout.schedule import rollouts
-from ..core.trajectory import StopReason, ToolError, Trajectory
+from ..core.trajectory import StopReason, ToolError, Trajectory, rollout_lines
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #1a8e9e5b
 @dataclass(frozen=True)
@@ -49,6 +52,20 @@ class Evaluation:
     def estimates(self) -> dict[str, Estimate]:
         "avg@k and pass@1, 2, 4, ... k, with 95% intervals over rows."
         return summary([self.rewards[i:i + self.k] for i in range(0, len(self.rewards), self.k)])
+
+# %% ../../nbs/65_eval/00_evaluate.ipynb #322f90d2
+@patch
+def __repr__(self: Evaluation) -> str:
+    "Return the estimates, how rollouts ended, and some of them, in at most 20 lines."
+    n, unscored = len(self.rewards), sum(r is None for r in self.rewards)
+    head = f"Evaluation of {n} rollouts" + f", {self.k} of each of {n // self.k} rows" * (self.k > 1) + f", {unscored} without a reward" * bool(unscored)
+    lines = [f"{name:8} {x.mean:.3f}   95% interval {x.low:.3f} to {x.high:.3f}" for name, x in list(self.estimates().items())[:6]] if n else []
+    ends = Counter(t.stop.value for t in self.trajectories).most_common(4)
+    ended = ["ended by " + ", ".join(f"{stop} {c / len(self.trajectories):.0%}" for stop, c in ends)] * bool(ends)
+    means = {name: [v for v in values if v is not None] for name, values in self.by_function.items()}
+    by = ["mean of " + ", ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in list(means.items())[:4] if v)] * (len(means) > 1)
+    shown = rollout_lines(self.trajectories, ["–" if r is None else f"{r:g}" for r in self.rewards], 8) if self.trajectories else []
+    return "\n".join([head, *lines, *ended, *by, *shown])
 
 # %% ../../nbs/65_eval/00_evaluate.ipynb #877148df
 @dataclass
@@ -135,10 +152,11 @@ def evaluate(
     template_kwargs: dict | None = None,    # further variables for the template, TRL's chat_template_kwargs
     reward_weights: list[float] | None = None,   # of the reward functions; None for 1
     trainer_state: Any = None,       # for rewards that read it; None for that of a finished run
+    turn_reward_funcs: list[Callable] | None = None,   # f(trajectory, row), as for the trainer: their results are in the trajectories' `turn_scores`, and in no reward
 ) -> Evaluation:
     """Roll out every row k times and score it; same seed, same result on a CPU. The global random generator is not used. Raises: ValueError, before anything
     is sampled, for what cannot work."""
-    dataset, done, scores, failures = as_rows(dataset), [], [], Failures()
+    dataset, done, scores, failures, by_turn = as_rows(dataset), [], [], Failures(), turn_functions(turn_reward_funcs)
     sampler, schedule = _sampler(model, tokenizer, environment_factory, tools, limits, engine, schedule, chat_template, template_kwargs)
     sampler, _ = check_cells({"": (dataset, call_format)}, sampler, reward, reward_weights, k)
     total, size = k * len(dataset), batch_size // k * k or batch_size   # tries of a row are scored together where they fit
@@ -147,7 +165,7 @@ def evaluate(
             rows, opened, batch = _rolled(sampler, dataset, range(start, min(start + size, total)), call_format, k, sampling, seed, schedule, loop)
             owned, asked = [o.environment for o in opened] if environment_factory else None, [o.messages for o in opened]
             scores.append(score_rows(rows, batch, reward, reward_weights, owned, asked, trainer_state, loop, completions_of(batch, opened, sampler.tokenizer)))
-            done += batch
+            done += [score_turns(t, row, by_turn, o.environment) for t, row, o in zip(batch, rows, opened)]
             failures.add(batch)
             if not start and start + size < total and (problem := failing_tools(batch)): warnings.warn(problem, stacklevel=2)   # long before the end
     failures.warn()

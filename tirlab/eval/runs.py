@@ -27,6 +27,7 @@ from .evaluate import Failures
 from .sampler import Sampler, completions_of, schedule_of
 from ..traces.files import append_lines, plain, write_atomic
 from ..rewards.patterns import reasoning_patterns
+from ..rewards.turn_rewards import score_turns
 from ..traces.recorder import Recorder, trace_row
 from ..envs.math_tasks import boxed
 from ..rewards.outcome import final_text
@@ -43,7 +44,7 @@ async def _one_try(sampler, unit, j, gate, sampling, seed, slots, loop):
     begin = lambda: rollout(opened.prompt, engine, opened.tools, opened.format, sampler.limits, sampling=sampling, noise=noise, slots=slots, loop=loop, owner=owner)
     done = await retry_rollout(begin, owner, opened.reset)
     if gate: gate.leave()
-    return opened, done
+    return opened, score_turns(done, unit.row, {}, owner)
 
 # %% ../../nbs/65_eval/05_runs.ipynb #9ace32e7
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def message_row(
     "Return a conversation as a row of the run folder, a message a piece; token ids are -1, not known."
     pieces = [(_message_text(m), wrote, n) for n, k in enumerate(t.turns) for wrote, some in ((1, k.ids), (0, k.observation_ids)) for m in some]
     text, mask, turn = map(list, zip(*pieces)) if pieces else ([], [], [])
-    return TraceRow(ids=[-1] * len(text), text=[f"{x}\n" for x in text], mask=mask, turn=turn, prompt_text=[f"{m['role']}: {m.get('content') or ''}\n\n" for m in t.prompt_ids],
+    return TraceRow(ids=[-1] * len(text), text=[f"{x}\n" for x in text], mask=mask, turn=turn, turn_scores=t.turn_scores, prompt_text=[f"{m['role']}: {m.get('content') or ''}\n\n" for m in t.prompt_ids],
                     stop=t.stop.value, turn_kinds=[k.kind.value for k in t.turns], calls=len(t.results), failed_calls=sum(r.error is not None for r in t.results),
                     tool_seconds=sum(r.seconds for r in t.results), **fields)
 

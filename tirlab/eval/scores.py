@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
 
 # %% ../../nbs/65_eval/06_scores.ipynb #20a45da4
+from ..core.settings import check_model
 from ..traces.files import write_atomic
 from ..traces.rows import score_sets, write_scored
 from ..traces.run import Run, RunError
@@ -100,7 +101,8 @@ def score_run(
     name: str | None = None,   # of the scores; the checkpoint's last part if None
     limit: int = 8192,          # tokens of a batch with its padding
 ) -> Path:                     # folder of the scores
-    "Score every trajectory of a run by another checkpoint. Raises: RunError if it cannot."
+    "Score every trajectory of a run by another checkpoint. Raises: RunError or SettingError if it cannot."
+    check_model(str(model))
     model = str(Path(model).resolve()) if Path(model).exists() else model
     name, index = name or Path(model).name, run.index()
     if index.empty: raise RunError(f"{run.path} has no trajectories to score yet.")

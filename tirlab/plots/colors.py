@@ -11,6 +11,9 @@ from dataclasses import dataclass
 # %% ../../nbs/50_plots/00_colors.ipynb #b78b1675
 import numpy as np
 
+# %% ../../nbs/50_plots/00_colors.ipynb #33c5c4b0
+from ..core.settings import nearest
+
 # %% ../../nbs/50_plots/00_colors.ipynb #500ac415
 @dataclass(frozen=True)
 class Scale:
@@ -33,10 +36,11 @@ SCALES = {"logprob": Scale("Log-probability, nats", -5, 0, plain=0),
 def scale_of(
     metric: str,   # a key of SCALES, "p:" and a control token, or "shift:" and the name of a scored checkpoint
 ) -> Scale:
-    "Return the scale of a token metric. Raises: KeyError for an unknown one."
+    "Return the scale of a token metric. Raises: ValueError, which names the nearest, for an unknown one."
     kind, _, name = metric.partition(":")
     if kind == "p" and name: return Scale(f"Probability of {name}", 0, 1, plain=0, above=(0, 158, 115))
     if kind == "shift" and name: return Scale(f"Shift, {name} − recorded, nats", -2, 2, plain=0)
+    if metric not in SCALES: raise ValueError(f"There is no metric {metric!r}; the nearest is {nearest(metric, SCALES)}.")
     return SCALES[metric]
 
 # %% ../../nbs/50_plots/00_colors.ipynb #110117a7

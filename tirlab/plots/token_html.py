@@ -14,7 +14,7 @@ from typing import Callable
 import numpy as np
 
 # %% ../../nbs/50_plots/03_token_html.ipynb #7ea31203
-from .colors import CLASSES, SCALES, class_color, color_class
+from .colors import CLASSES, class_color, color_class, scale_of
 from .token_map import token_metrics, turn_list
 from ..traces.rows import TraceRow, unit_of
 
@@ -88,8 +88,8 @@ _STYLE = """
 def style_html(
     metric: str,   # a key of SCALES
 ) -> str:
-    "Return the style sheet of `token_html`, with the colours of one metric. Raises: KeyError for an unknown metric."
-    return "<style>" + _STYLE + "".join(f".tl .c{k}{{background:{class_color(k, SCALES[metric])}}}" for k in range(CLASSES)) + "</style>"
+    "Return the style sheet of `token_html`, with the colours of one metric. Raises: ValueError for an unknown metric."
+    return "<style>" + _STYLE + "".join(f".tl .c{k}{{background:{class_color(k, scale_of(metric))}}}" for k in range(CLASSES)) + "</style>"
 
 # %% ../../nbs/50_plots/03_token_html.ipynb #44e3a853
 def _tag(
@@ -103,8 +103,8 @@ def _tag(
 def legend_html(
     metric: str,   # a key of SCALES
 ) -> str:
-    "Return the legend of a metric's colours. Raises: KeyError for an unknown metric."
-    scale = SCALES[metric]
+    "Return the legend of a metric's colours. Raises: ValueError for an unknown metric."
+    scale = scale_of(metric)
     low = f"{scale.low:g}" + " or less" * (scale.low != scale.plain)
     high = f"{scale.high:g}" + " or more" * (scale.high != scale.plain)
     bar = _tag("span", "bar", *(_tag("b", f"c{k}") for k in range(CLASSES)))
@@ -135,9 +135,9 @@ def turns_html(
     metric: str = "logprob",    # a key of SCALES
     control: tuple = (),        # texts of the control tokens, to be framed
 ) -> str:                       # HTML without style sheet
-    "Return every turn of a trajectory, its tokens coloured by a metric. Raises: KeyError for an unknown metric."
+    "Return every turn of a trajectory, its tokens coloured by a metric. Raises: ValueError for an unknown metric."
     metrics, control = token_metrics(row), frozenset(control)
-    classes = color_class(metrics.get(metric, np.full(len(row.ids), np.nan)), SCALES[metric])
+    classes = color_class(metrics.get(metric, np.full(len(row.ids), np.nan)), scale_of(metric))
     span = lambda i: _span(row, i, classes[i], metrics, control)
     return "".join(_turn_html(row, t, span) for t in turn_list(row)) or '<p class="dim">The completion is empty.</p>'
 
@@ -146,7 +146,7 @@ def token_html(
     metric: str = "logprob",    # a key of SCALES: logprob | entropy | advantage | mismatch | ...
     control: tuple = (),        # texts of the control tokens, to be framed
 ) -> str:                       # HTML; whatever the policy wrote is escaped in it
-    "Return a trajectory to read: legend, prompt, turns and tool answers, tokens coloured by a metric. Raises: KeyError for an unknown metric."
+    "Return a trajectory to read: legend, prompt, turns and tool answers, tokens coloured by a metric. Raises: ValueError for an unknown metric."
     size, text = f"{len(row.prompt_ids)} {unit_of(row, len(row.prompt_ids))}", text_html("".join(row.prompt_text))
     prompt = f"<details><summary>Prompt {_tag('span', 'dim', size)}</summary>{_tag('div', 'text', text)}</details>"
     legend = legend_html(metric) if metric in token_metrics(row) else ""

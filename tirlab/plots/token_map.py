@@ -89,15 +89,16 @@ def _finite(values: list, j: int) -> float | None:
     return None if j >= len(values) or values[j] is None or not np.isfinite(values[j]) else float(values[j])
 
 def _turn(row: TraceRow, j: int, parts: list[tuple]) -> dict:
-    "Return the facts of one turn."
+    "Return the facts of one turn; `scores` has what each turn reward gave to it, by name."
+    scores = {name: _finite(values, j) for name, values in dict(row.turn_scores or {}).items()}
     errors = [n for n, (a, b, wrote) in enumerate(parts) if not wrote and reads_as_error("".join(row.text[a:b]))]
     return {"turn": j, "kind": row.turn_kinds[j] if 0 <= j < len(row.turn_kinds) else "", "reward": _finite(row.turn_rewards, j),
-            "advantage": _finite(row.turn_advantages, j), "tokens": sum(b - a for a, b, wrote in parts if wrote), "parts": parts, "errors": errors}
+            "advantage": _finite(row.turn_advantages, j), "tokens": sum(b - a for a, b, wrote in parts if wrote), "parts": parts, "errors": errors, "scores": scores}
 
 def turn_list(
     row: TraceRow,                                 # a trajectory
     scored: dict[str, np.ndarray] | None = None,   # checkpoint -> (T,) its log-probabilities, nats
-) -> list[dict]:                                   # a dict a turn: turn, kind, reward, advantage, tokens, parts, errors, kl
+) -> list[dict]:                                   # a dict a turn: turn, kind, reward, advantage, tokens, parts, errors, scores, kl
     "Return the outline of a trajectory; `errors` numbers the parts that read as an error, `kl` is checkpoint -> nats."
     kls = {name: turn_kl(row, other) for name, other in (scored or {}).items() if len(other) == len(row.ids)}
     return [_turn(row, j, parts) | {"kl": {name: kl[j] for name, kl in kls.items() if j in kl}} for j, parts in turn_parts(row)]

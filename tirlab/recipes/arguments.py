@@ -122,7 +122,7 @@ def recipe_sets(
     own = train_settings(settings)
     rate = {"learning_rate": TINY_RATE} if is_tiny(own.model) else {}
     held = dict(eval_strategy="steps", eval_steps=50, num_generations_eval=1) if own.eval_tasks else {}   # one rollout of each task tells as much as eight of an eighth
-    return dict(output_dir="runs", disable_tqdm=True, save_steps=50, save_total_limit=2) | held | recipe(own.recipe) | rate
+    return dict(output_dir="runs", save_steps=50, save_total_limit=2) | held | recipe(own.recipe) | rate
 
 def rate_line(
     settings: dict[str, Any],   # of `read_train_settings`

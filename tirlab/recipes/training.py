@@ -13,7 +13,6 @@ from typing import Any
 
 # %% ../../nbs/70_recipes/02_training.ipynb #4b6334f6
 from jinja2 import TemplateError
-from transformers import PrinterCallback
 
 # %% ../../nbs/70_recipes/02_training.ipynb #6e0ca498
 from ..collapse.monitor import CollapseMonitor
@@ -24,7 +23,6 @@ from ..adapters.task_set import TaskSet
 from ..eval.task_words import task_set
 from ..rewards.outcome import answer_reward
 from .arguments import ROUND_KEYS, TINY_RATE, TrainSettings, arguments_of, is_tiny, rate_line, recipe_sets, sft_arguments, train_config, train_settings
-from .demo import RewardBar
 from .published import RECIPES
 from ..rollout.writers import EndpointWriter
 from ..supervision.lessons import ErroneousTrajectories, Reflections
@@ -32,6 +30,7 @@ from ..supervision.reflections import analysis_prompt
 from ..trainer.effects import Effects, looked_at, without_effect
 from ..trainer.interleave import Interleave, OnAlarm
 from ..trainer.phases import last_checkpoint, resume_training
+from ..trainer.progress import ending, final_checkpoint
 from ..trainer.recording import free_folder, recording
 from ..trainer.trainer import TIRTrainer
 from ..traces.files import write_atomic
@@ -175,6 +174,13 @@ def resumed(
             raise SettingError(f"{key} is {now.get(key, 'not given')}, and was {before.get(key, 'not given')} when {folder} was begun; resume with the same settings.", key, now.get(key))
     return settings | ({"run_dir": run} if run else {})
 
+# %% ../../nbs/70_recipes/02_training.ipynb #5f384677
+def _keep_model(trainer, out):
+    "Save the model of a training that ended early, with no checkpoint of its last step, unless none is to be saved."
+    if trainer.args.save_strategy == "no" or final_checkpoint(trainer): return
+    trainer.save_model(os.path.join(out, "final"))
+    if trainer.is_world_process_zero(): print(f"Final model written to {os.path.join(out, 'final')}")
+
 # %% ../../nbs/70_recipes/02_training.ipynb #b110f752
 def _effects(trainer, settings, plan):
     "Print whose learning rate it is and what cannot act; count from now on what the recipe's options and the user's do."
@@ -192,14 +198,12 @@ def train_recipe(
     settings: dict[str, Any],   # of `read_train_settings`
     resume: bool = False,       # resume the run in output_dir
 ) -> TIRTrainer:                # trained; its run_dir is the run folder
-    "Train a recipe, with a bar. Raises: ValueError for what cannot work."
+    "Train a recipe. Raises: ValueError for what cannot work."
     plan = recipe_plan(settings)
     if resume: settings = resumed(settings)
     elif "output_dir" in settings: check_new(settings["output_dir"])
     trainer = recipe_trainer(settings)
-    out, bar = trainer.args.output_dir, RewardBar(plan and plan.steps, lambda: trainer.step_offset)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(bar)
+    out = trainer.args.output_dir
     effects = _effects(trainer, settings, plan)
     if trainer.is_world_process_zero():
         if not resume: write_atomic(Path(out)/_SETTINGS, json.dumps({k: str(v) for k, v in settings.items()}).encode())
@@ -208,10 +212,10 @@ def train_recipe(
         if plan: plan.train(trainer, resume)
         elif not resume: trainer.train()
         else:
-            with recording(trainer, True, training=True): resume_training(trainer, last_checkpoint(out, trainer))
+            with ending(trainer), recording(trainer, True, training=True): resume_training(trainer, last_checkpoint(out, trainer))
     finally:
-        bar.close()
         if trainer.is_world_process_zero() and effects.sentences(): print(*effects.sentences(), sep="\n")
+    _keep_model(trainer, out)
     trainer.accelerator.wait_for_everyone()   # gloo aborts a process whose partner has gone first
     trainer.accelerator.end_training()
     return trainer

@@ -84,6 +84,7 @@ class Endpoint:
     pause: float = 1.0              # before the second try, seconds; doubles from try to try
     more: dict = field(default_factory=dict)   # further fields of each request; they override ours
     patience: int = 32              # failed requests in a row after which no more are sent
+    key: str | None = field(default=None, repr=False)   # the key itself, where no environment variable has it
     schedule: ClassVar[str] = "eager"   # its requests do not wait for each other
 
     def __post_init__(self):
@@ -110,7 +111,7 @@ _TOO_LONG = ("maximum context length", "maximum model length", "max_model_len", 
 def _request(server, body):
     """Send one request; None where it does not fit into the server's context.
     Raises: EngineError, in one sentence without the key."""
-    key, url = os.environ.get(server.key_env or "", "").strip(), server.base_url.rstrip("/") + "/chat/completions"
+    key, url = (server.key or os.environ.get(server.key_env or "", "")).strip(), server.base_url.rstrip("/") + "/chat/completions"
     if not (key.isascii() and key.isprintable()): raise EngineError(f"The key in {server.key_env} has characters that no key has.")
     if server.failed >= server.patience: raise EngineError(f"{url} was given up after {server.failed} failed requests in a row.")
     server.requests += 1

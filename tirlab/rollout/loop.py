@@ -6,7 +6,7 @@
 __all__ = ['open_task', 'open_environment', 'open_row', 'fit_results', 'rollout', 'run_async']
 
 # %% ../../nbs/20_rollout/05_loop.ipynb #4ebb3e15
-import asyncio, re, time
+import asyncio, inspect, re, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -179,15 +179,21 @@ def _observed(parsed, results, format, room, limits):
     return parsed.turn(results=fitted, observation_ids=_without_repeat(parsed, observation))
 
 # %% ../../nbs/20_rollout/05_loop.ipynb #63dde0d4
-def _user_reply(environment, parsed, format):
+async def _user_reply(environment, parsed, format):
     "Return the turn with the user's reply, and a format with the tools that came with it; None where the conversation is over."
     ask = getattr(environment, "_reply", None)
     with outside_loop(): reply = ask and ask(parsed.turn().message.get("content") or "")
+    if inspect.isawaitable(reply): reply = await reply
     if reply is None: return None
     text, more = reply
     turn = parsed.turn(observation_ids=_without_repeat(parsed, format.reply(text, parsed.has_end)), reply=text)
     if not more: return turn, format
     return turn, replace(format, tools=[*format.tools, *(tool_schemas(more) if isinstance(format, ChatFormat) else more)])
+
+def _is_over(environment, turns):
+    "Return whether the environment says, with the turns so far, that its episode is over."
+    over = getattr(environment, "_over", None)
+    with outside_loop(): return over is not None and bool(over(turns))
 
 @contextmanager
 def _closing(environment):
@@ -217,7 +223,7 @@ async def rollout(
     slots: asyncio.Semaphore | None = None,          # how many plain functions run at once; None: one after another, in this thread
     loop: asyncio.AbstractEventLoop | None = None,   # event loop of coroutine tools
     stopwatch: Stopwatch | None = None,              # measures the time in which tools run
-    owner: Any = None,               # environment behind a dict of tools; its `_reply` is called when the model has answered
+    owner: Any = None,               # environment behind a dict of tools; its `_reply` is called when the model has answered, its `_over` after results
 ) -> Trajectory:                     # one with stop FAILED, no turns and the error where engine or sandbox failed
     "Roll out one task until the model has answered or a limit is reached."
     prompt, tools = open_task(task, environment, format)
@@ -232,7 +238,9 @@ async def rollout(
             except EngineError as e: return Trajectory(prompt, [], StopReason.FAILED, str(e))
             if parsed is None: return done(StopReason.LENGTH if turns else StopReason.FAILED)
             stop, last = _ending(parsed, ids, rounds, limits), parsed.turn()
-            if reply := stop in (StopReason.ANSWER, StopReason.MALFORMED) and _user_reply(ask, parsed, format): turn, more = reply
+            try: reply = stop in (StopReason.ANSWER, StopReason.MALFORMED) and await _user_reply(ask, parsed, format)
+            except EngineError as e: return Trajectory(prompt, [], StopReason.FAILED, str(e))
+            if reply: turn, more = reply
             elif stop: return done(stop, last)
             else:
                 try: results = await _results(parsed, rounds, tools, limits, slots, loop, stopwatch)
@@ -241,6 +249,7 @@ async def rollout(
             after = ids + turn.ids + turn.observation_ids
             if stop := _full(prompt, after, limits): return done(stop, last)   # the observation does not fit, so it is dropped
             ids, turns, format = after, [*turns, turn], more
+            if turn.results and _is_over(ask, turns): return done(StopReason.DONE)
         return done(stop)
 
 # %% ../../nbs/20_rollout/05_loop.ipynb #af286e6a

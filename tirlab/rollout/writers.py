@@ -9,6 +9,7 @@ __all__ = ['post_with_retries', 'EndpointWriter']
 import json, os, random, threading, time
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import cache
 
 # %% ../../nbs/20_rollout/10_writers.ipynb #fd1420db
 import httpx
@@ -31,11 +32,14 @@ def _completion_text(data):
 # %% ../../nbs/20_rollout/10_writers.ipynb #db5f62c8
 _MOST, _LONGEST = 16 * 2**20, 60.0   # bytes of a response; seconds of a pause
 
+@cache
+def _tls(): return httpx.create_ssl_context()   # made anew it would take longer than most requests
+
 def _post(url, body, headers, seconds):
     """Send one request; return status, `Retry-After` and body.
     Raises: httpx.RequestError, also where the response is too long or takes too long."""
     end = time.monotonic() + seconds
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=httpx.Timeout(seconds, connect=min(10.0, seconds))) as response:
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=httpx.Timeout(seconds, connect=min(10.0, seconds)), verify=_tls()) as response:
         return response.status_code, response.headers.get("Retry-After"), read_body(response, _MOST, end)
 
 def _retry_after(value):

@@ -25,12 +25,13 @@ _numbers, _clean = itertools.count(), []   # names of scratch folders; empty slo
 def take_slot(
     folder: str,    # the server's folder
     rules: list | None,   # landlock's, for all executions; None where they are not locked
+    rights: int = 0,      # further ones in the folder
 ) -> Slot:
     "Return an empty scratch folder."
     if _clean: return _clean.pop()
     home = f"{folder}/{next(_numbers)}"
     os.mkdir(home, 0o700)
-    return Slot(home, -1 if rules is None else landlock_ruleset(rules, home))
+    return Slot(home, -1 if rules is None else landlock_ruleset(rules, home, rights))
 
 # %% ../../nbs/10_sandbox/03_cleanup.ipynb #c231bc3d
 @dataclass
@@ -43,6 +44,7 @@ class Run:
     born: float        # monotonic seconds
     most: list[int]    # bytes on disk, files, threads
     reason: str = ""   # why the server killed it
+    driver: bool = False   # whether it is the driver of a shell, which ends what it started
 
 # %% ../../nbs/10_sandbox/03_cleanup.ipynb #131a36bf
 def tell(
@@ -59,7 +61,7 @@ def kill(
 ):
     "Kill an execution's process and what is in its process group."
     run.reason = run.reason or reason
-    with contextlib.suppress(ProcessLookupError): signal.pidfd_send_signal(run.pidfd, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError): signal.pidfd_send_signal(run.pidfd, signal.SIGTERM if run.driver else signal.SIGKILL)
     if run.slot.ruleset == -1: kill_group(run.pid)
 
 def kill_group(

@@ -159,7 +159,7 @@ def _send(server: _Server, mode: str, content: bytes, limits: Limits) -> _Channe
     return _Channel(pipe, reports, control)
 
 # %% ../../nbs/10_sandbox/05_client.ipynb #63df8f41
-def _collect(channel: _Channel, limits: Limits, turn: bool = False) -> Facts:
+def _collect(channel: _Channel, limits: Limits, turn: bool = False, stop=lambda channel: channel.control.shutdown(socket.SHUT_WR)) -> Facts:
     "Watch an execution until the server reports its end, or, for a turn of a conversation, until the child does."
     facts, now = Facts(), time.monotonic()
     if turn: facts.began = now
@@ -180,7 +180,7 @@ def _collect(channel: _Channel, limits: Limits, turn: bool = False) -> Facts:
         if late and (facts.stop or facts.began is None): raise TimeoutError(facts.began)
         if not facts.stop and (late or len(facts.out) > flood) and facts.last is None and not (turn and facts.report):
             facts.stop, deadline = Status.TIMEOUT if late else Status.FLOOD, time.monotonic() + _PATIENCE
-            channel.control.shutdown(socket.SHUT_WR)
+            stop(channel)
     while _read(channel.out, facts.out, flood): pass
     while (facts.began is None or not facts.report) and (message := _receive(channel.reports)): add_report(facts, message)   # still queued
     facts.seconds = time.monotonic() - (facts.began or now)

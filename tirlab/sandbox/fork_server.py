@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/10_sandbox/04_fork_server.ipynb #df8af481
-import contextlib, gc, json, os, resource, select, signal, socket, stat, sys, time
+import contextlib, fcntl, gc, json, os, resource, select, signal, socket, stat, sys, time
 import ast, collections, dataclasses, datetime, decimal, fractions, functools  # noqa: F401
 import heapq, math, random, re, statistics, string, traceback, typing  # noqa: F401
 from dataclasses import dataclass
@@ -16,9 +16,11 @@ from tirlab.sandbox.child import _PLACES, converse, evaluate, reseed, run_once
 from tirlab.sandbox.cleanup import WATCH, Run, Slot, collect, finish, kill, reap, remove, removers, sweep, take_slot, tell, watch
 from tirlab.sandbox.locks import (_LIBC, Filter, address_space, apply_landlock, apply_limits, apply_seccomp, drop_capabilities, enter_namespaces,
                                   landlock_rules, readable_paths, make_filter, seccomp_filter)
+from tirlab.sandbox.program_locks import EXECUTE, FIRST_USER, enter_for_all, limit_processes, may_change_user, program_filter, program_folders, program_rules
+from tirlab.sandbox.shell_driver import drive
 
 # %% ../../nbs/10_sandbox/04_fork_server.ipynb #a5a577e9
-PROFILES = {"bare": (), "numpy": ("numpy", "numpy.random"), "sympy": ("numpy", "numpy.random", "sympy")}   # name -> modules
+PROFILES = {"bare": (), "bash": (), "numpy": ("numpy", "numpy.random"), "sympy": ("numpy", "numpy.random", "sympy")}   # name -> modules
 
 def preload(
     profile: str,   # a name in PROFILES
@@ -38,6 +40,7 @@ class Locks:
     base: int                   # address space of the server, bytes
     rules: list | None = None   # landlock's; None where executions are not locked
     filter: Filter | None = None   # seccomp's
+    shell: bool = False         # whether they may start programs, in the profile `bash`
 
 def confine(
     limits: list[int],   # processor time in seconds, memory and largest file in bytes, as in a request
@@ -56,6 +59,25 @@ def confine(
     if locks.rules is not None: apply_seccomp(locks.filter)
 
 # %% ../../nbs/10_sandbox/04_fork_server.ipynb #08f605a4
+def become_driver(
+    request: list,               # mode and limits
+    fds: tuple[int, int, int],   # program, output, report
+    slot: Slot,                  # scratch folder, the working directory
+    locks: Locks,                # of the shell
+):
+    "Be the driver of a shell in the process just forked: it takes no locks, bash does."
+    keep = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in (fds[2], fds[1], *[slot.ruleset] * (slot.ruleset != -1))]
+    for number, fd in enumerate(keep, 3): os.dup2(fd, number)
+    os.closerange(3 + len(keep), MAX_FD)
+    _LIBC.prctl(SUBREAPER, 1, 0, 0, 0)
+    user = FIRST_USER + os.getpid() if may_change_user() else None
+    def lock(answers): limit_processes(user, request[6] + 8), _LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL), confine(request[1:], 5, 4, answers, locks)
+    try:
+        if user: enter_for_all(os.path.dirname(slot.home)), os.chown(slot.home, user, user)
+        drive(slot.home, ":".join(program_folders()), request[6], lock)
+    except OSError as e: os.write(3, f"!{e}".encode())
+    os._exit(1)
+
 def become_child(
     request: list,               # mode and limits
     fds: tuple[int, int, int],   # program, output, report
@@ -65,10 +87,12 @@ def become_child(
 ):
     "Run a request in the process just forked, from applying the locks to the end of the process."
     program, out, report = fds
-    if locks.rules is None: os.setsid()   # so that it can be killed with all that it started; locked, it can start nothing
-    _LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL)
+    shell = request[0] == "shell"
+    if locks.rules is None or shell: os.setsid()   # so that it can be killed with all that it started; locked, it can start nothing
+    _LIBC.prctl(DEATH_SIGNAL, signal.SIGTERM if shell else signal.SIGKILL)
     if os.getppid() != server: os._exit(1)
     os.chdir(slot.home)
+    if shell: become_driver(request, fds, slot, locks)
     source = os.pread(program, os.fstat(program).st_size, 0)   # not by the server, or every later child could find it in its memory
     try: confine(request[1:], slot.ruleset, out, report, locks), reseed()
     except OSError as e: os.write(report, f"!{e}".encode()); os._exit(1)
@@ -81,9 +105,9 @@ def become_child(
 def parse(
     request: bytes,   # "mode cpu memory file disk files threads"
 ) -> list:
-    "Return a request's mode (`code`, `program` with input and files, `stay` for a conversation) and limits. Raises: ValueError for any other."
+    "Return a request's mode (`code`, `program` with input and files, `stay` for a conversation, `shell`) and limits. Raises: ValueError for any other."
     mode, *limits = request.decode().split()
-    if mode not in ("code", "program", "stay") or len(limits) != 6: raise ValueError(mode)
+    if mode not in ("code", "program", "stay", "shell") or len(limits) != 6: raise ValueError(mode)
     limits = [int(word) for word in limits]
     if not all(0 < n < 2**62 for n in limits): raise ValueError(limits)
     return [mode, *limits]
@@ -96,12 +120,12 @@ def begin(
     locks: Locks,         # of the children
 ) -> Run:
     "Fork a child for a request."
-    slot, server = take_slot(folder, locks.rules), os.getpid()
+    slot, server = take_slot(folder, locks.rules, EXECUTE if locks.shell else 0), os.getpid()
     if (pid := os.fork()) == 0:
         try: become_child(request, fds[:3], slot, server, locks)
         finally: os._exit(1)
     os.set_blocking(fds[3], False)
-    return Run(pid, os.pidfd_open(pid), fds[3], slot, time.monotonic(), request[4:])
+    return Run(pid, os.pidfd_open(pid), fds[3], slot, time.monotonic(), request[4:], driver=request[0] == "shell")
 
 # %% ../../nbs/10_sandbox/04_fork_server.ipynb #15ec97eb
 def accept(
@@ -141,7 +165,7 @@ def loop(
                 ended.append((run, reap(run)))
             elif run: kill(run); forget(fd)
         now = time.monotonic()
-        if locks.rules is None and ended and (not runs or now > swept + 1): sweep(removers | {run.pid for run in runs.values()}); swept = now
+        if (locks.rules is None or locks.shell) and ended and (not runs or locks.shell or now > swept + 1): sweep(removers | {run.pid for run in runs.values()}); swept = now
         for run, word in ended: finish(run, word)
         collect(os.WNOHANG)
         if now > watched + WATCH:
@@ -172,9 +196,10 @@ def prepare(
     _LIBC.prctl(SUBREAPER, 1, 0, 0, 0), _LIBC.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(MAX_FD, hard), hard))
-    locked = level != "process"
+    locked, shell = level != "process", profile == "bash"
     os.environ.update(HOME=".", TMPDIR=".")   # a child's working directory is its scratch folder
-    locks = Locks(address_space(), landlock_rules() if locked else None, make_filter(seccomp_filter()) if locked else None)
+    rules, filter = (program_rules, program_filter) if shell else (landlock_rules, seccomp_filter)
+    locks = Locks(address_space(), rules() if locked else None, make_filter(filter(*[may_change_user()] * shell)) if locked else None, shell)
     rehearse()
     gc.collect(), gc.freeze()
     return locks

@@ -28,11 +28,11 @@ def _admit(interpreter):
         _alive.add(interpreter)
 
 # %% ../../nbs/10_sandbox/06_interpreters.ipynb #c1b74254
-def _open(level: str, profile: str, limits: Limits):
+def _open(level: str, profile: str, limits: Limits, mode: str):
     "Start a child that stays, and return the channel to it. Raises: SandboxFault."
     for _ in range(3):
         server = _serving(level, profile)
-        try: channel = _send(server, "stay", b"", replace(limits, cpu_seconds=10 * math.ceil(limits.cpu_seconds)))
+        try: channel = _send(server, mode, b"", replace(limits, cpu_seconds=10 * math.ceil(limits.cpu_seconds)))
         except OSError: continue
         poll, facts = select.poll(), Facts()
         for s in (channel.reports, channel.control): poll.register(s, select.POLLIN)
@@ -49,6 +49,7 @@ def _open(level: str, profile: str, limits: Limits):
 # %% ../../nbs/10_sandbox/06_interpreters.ipynb #daba4b2f
 class Interpreter:
     "A Python interpreter in the sandbox whose variables live from call to call, until it is closed."
+    mode, noun = "stay", "interpreter"   # of the request to the server; in what the model reads
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ from fastcore.basics import patch
 def _begin(self: Interpreter):
     "Start a child."
     _admit(self)
-    try: self._channel = _open(self.level, self.profile, self.limits)
+    try: self._channel = _open(self.level, self.profile, self.limits, self.mode)
     except BaseException: self._end(); raise
     self._finalizer = weakref.finalize(self, self._channel.close)
     _watch_idle()
@@ -139,7 +140,7 @@ def _close_idle():
             if time.monotonic() > one._last + one.idle_seconds and one._lock.acquire(blocking=False):
                 try:
                     if time.monotonic() > one._last + one.idle_seconds:
-                        one._end(f"(the interpreter was idle for more than {one.idle_seconds:g} seconds and was restarted: its variables are gone)\n")
+                        one._end(f"(the {one.noun} was idle for more than {one.idle_seconds:g} seconds and was restarted: its variables are gone)\n")
                 finally: one._lock.release()
         those = one = None   # or they would live as long as this thread
 
@@ -150,7 +151,7 @@ def _disown():
     _counting, those = threading.Lock(), list(_alive)
     for one in those:
         if one._channel: one._finalizer.detach(); one._channel.abandon(); one._channel = None
-        one._lock, one._notice = threading.Lock(), "(this process was forked: the interpreter's variables are in the other one)\n"
+        one._lock, one._notice = threading.Lock(), f"(this process was forked: the {one.noun}'s variables are in the other one)\n"
         _alive.discard(one)
 
 os.register_at_fork(after_in_child=_disown)

@@ -94,7 +94,9 @@ def _search(
     return _op(_AT_LEAST, steps[middle][0], len(below) // 8) + below + above
 
 # %% ../../nbs/10_sandbox/01_locks.ipynb #91b57ecf
-def seccomp_filter() -> bytes:   # BPF, in which the process's number is still to be filled in
+def seccomp_filter(
+    more: dict[str, bytes] = {},   # numbers of system calls -> program, beside those of an execution or in their place  # noqa: B006
+) -> bytes:   # BPF, in which the process's number is still to be filled in
     "Return the filter of system calls for this machine. Raises: OSError on a processor whose numbers are not known."
     if platform.machine() not in _ARCHITECTURES: raise OSError(f"seccomp: no list of system calls for {platform.machine()}")
     column, architecture = _ARCHITECTURES[platform.machine()]
@@ -104,7 +106,7 @@ def seccomp_filter() -> bytes:   # BPF, in which the process's number is still t
     for text, program in ((_ALLOWED, _end(_ALLOW)), (_PRETEND, _end(_ERRNO))):
         words = text.split()
         for numbers in zip(words[1::3], words[2::3]): put(numbers, program)
-    for numbers, program in _special().items(): put(numbers.split(), program)
+    for numbers, program in (_special() | more).items(): put(numbers.split(), program)
     every = [(n, programs.get(n, _DENY)) for n in range(max(programs) + 2)]
     steps = [step for i, step in enumerate(every) if i == 0 or step[1] != every[i - 1][1]]
     return _op(_LOAD, 4) + _op(_EQUAL, architecture, 1) + _end(_KILL) + _op(_LOAD, 0) + _search(steps)
@@ -149,27 +151,33 @@ def _handled(abi: int) -> tuple[int, int, int]:
     return files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0
 
 # %% ../../nbs/10_sandbox/01_locks.ipynb #1094431d
-def readable_paths() -> list[str]:   # folders and files that exist, none beneath another
+def readable_paths(
+    more: list[str] = [],   # further ones  # noqa: B006
+) -> list[str]:   # folders and files that exist, none beneath another
     "Return what Python needs to read while it runs: its libraries, the system's, time zones."
     places = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib", *[p for p in sys.path if "-packages" in p]]
-    places += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
+    places += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime", *more]
     found = sorted({os.path.realpath(p) for p in places if os.path.exists(p)} - {"/"})
     return [p for p in found if not any(p.startswith(q + "/") for q in found)]
 
 # %% ../../nbs/10_sandbox/01_locks.ipynb #8cb1f166
-def landlock_rules() -> list[bytes]:   # rules in the kernel's form; their descriptors stay open
+def landlock_rules(
+    more: list[str] = [],   # further folders and files that may be read  # noqa: B006
+    rights: int = 0,        # beside reading, in all of them
+) -> list[bytes]:           # rules in the kernel's form; their descriptors stay open
     "Return the rules for what all executions may read. Raises: OSError where the kernel has no landlock."
     abi, rules = landlock_abi(), []
     if not abi: raise OSError("landlock: this kernel has none, or it is switched off (`lsm=` on the kernel's command line)")
-    for path in readable_paths() + ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]:
-        rights = _READ | _LIST if os.path.isdir(path) else _READ | _WRITE if path == "/dev/null" else _READ
-        rules.append(struct.pack("=Qi", rights, os.open(path, os.O_PATH | os.O_CLOEXEC)))
+    for path in readable_paths(more) + ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]:
+        allowed = _READ | _LIST if os.path.isdir(path) else _READ | _WRITE if path == "/dev/null" else _READ
+        rules.append(struct.pack("=Qi", allowed | (0 if path.startswith("/dev/") else rights), os.open(path, os.O_PATH | os.O_CLOEXEC)))
     return rules
 
 # %% ../../nbs/10_sandbox/01_locks.ipynb #0cbcc6fc
 def landlock_ruleset(
     rules: list[bytes],   # from `landlock_rules`
     scratch: str,         # folder in which files may be made
+    rights: int = 0,      # further ones there
 ) -> int:                 # descriptor
     "Return the rules of one execution, which close everything but those files and its scratch folder. Raises: OSError where the kernel refuses."
     abi = landlock_abi()
@@ -177,7 +185,7 @@ def landlock_ruleset(
     size = 8 if abi < 4 else 16 if abi < 6 else 24
     ruleset = _call("landlock", _LIBC.syscall, _CREATE_RULESET, struct.pack("QQQ", files, tcp, scope), ctypes.c_size_t(size), 0)
     folder = os.open(scratch, os.O_PATH | os.O_CLOEXEC)
-    own = struct.pack("=Qi", (_WRITE | _READ | _LIST | _REMOVE | _MAKE | _REFER | _TRUNCATE) & files, folder)
+    own = struct.pack("=Qi", (_WRITE | _READ | _LIST | _REMOVE | _MAKE | _REFER | _TRUNCATE | rights) & files, folder)
     try:
         for rule in (*rules, own): _call("landlock", _LIBC.syscall, _ADD_RULE, ruleset, 1, rule, 0)
     finally: os.close(folder)

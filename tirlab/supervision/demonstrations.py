@@ -190,6 +190,6 @@ def demonstrate(
 def is_whole(
     t: Trajectory,   # a demonstration
 ) -> bool:
-    "Return whether it ends in an answer, every call named a tool that returned in time, and the last call succeeded; earlier calls may have raised."
+    "Return whether it ends in an answer or with the episode, every call named a tool that returned in time, and the last call succeeded; earlier calls may have raised."
     errors = [r.error for r in t.results]
-    return t.stop is StopReason.ANSWER and not {*errors} & {ToolError.UNKNOWN, ToolError.TIMEOUT, ToolError.MALFORMED} and not (errors and errors[-1])
+    return t.stop in (StopReason.ANSWER, StopReason.DONE) and not {*errors} & {ToolError.UNKNOWN, ToolError.TIMEOUT, ToolError.MALFORMED} and not (errors and errors[-1])

@@ -29,7 +29,7 @@ def trace_row(
     ids, mask, logprobs, results = t.completion_ids, np.array(t.mask, bool), t.logprobs, t.results
     turn = np.repeat(np.arange(len(t.turns)), np.array([len(k.ids) + len(k.observation_ids) for k in t.turns], int))
     sampled = None if logprobs is None else np.where(mask, logprobs, np.nan)
-    return TraceRow(ids=ids, text=map(piece, ids), mask=mask, turn=turn, sampling_logprob=sampled,
+    return TraceRow(ids=ids, text=map(piece, ids), mask=mask, turn=turn, sampling_logprob=sampled, turn_scores=t.turn_scores,
                     prompt_ids=t.prompt_ids, prompt_text=map(piece, t.prompt_ids), stop=t.stop.value,
                     turn_kinds=[k.kind.value for k in t.turns], calls=len(results), failed_calls=sum(r.error is not None for r in results),
                     tool_seconds=sum(r.seconds for r in results), **fields)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 # %% ../../nbs/45_traces/02_rows.ipynb #589be825
 from .files import as_float, clean_text, writing
+from .summaries import row_text
 
 # %% ../../nbs/45_traces/02_rows.ipynb #27d1a285
 FLOATS = {"logprob": "float32", "entropy": "float16", "surprise": "float16", "sampling_logprob": "float32", "advantage": "float32"}
@@ -46,6 +47,7 @@ def _numbers(row) -> dict:
     try:
         numbers |= {name: as_float(getattr(row, name)) for name in ("reward", "tool_seconds")}
         numbers |= {name: [as_float(v) for v in getattr(row, name) or ()] for name in ("turn_rewards", "turn_advantages")}
+        numbers["turn_scores"] = {clean_text(k): [as_float(x) for x in v] for k, v in dict(row.turn_scores or {}).items()}
         return numbers | {"rewards": {clean_text(k): as_float(v) for k, v in dict(row.rewards or {}).items()}}
     except (ValueError, TypeError) as e: raise ValueError(f"trajectory {row.id}: a reward or a time is no number ({e}); give numbers, or None") from None
 
@@ -94,6 +96,7 @@ class TraceRow:
     turn_kinds: list[str] = ()          # of each turn: tool_call | response | text_pollution | collapsed
     turn_rewards: list[float] = ()      # of each turn
     turn_advantages: list[float] = ()   # of each turn
+    turn_scores: dict[str, list[float]] | None = None   # turn reward -> what it gave to each turn, without weight
     calls: int = 0                      # tool calls made
     failed_calls: int = 0               # of these: malformed, unknown tool, or an exception
     tool_seconds: float = 0.0           # time spent in tools, in seconds
@@ -110,6 +113,7 @@ class TraceRow:
     advantage: np.ndarray | None = None         # (T,) what the loss multiplied it by; NaN where there was none
     control: np.ndarray | None = None           # (T, K) log-probability of each control token named in `meta.json`, in nats; NaN where not scored
     def __post_init__(self): _settle(self)
+    def __repr__(self): return row_text(self)
 
 # %% ../../nbs/45_traces/02_rows.ipynb #62c024a0
 def unit_of(
@@ -132,7 +136,7 @@ def trace_id(
 
 # %% ../../nbs/45_traces/02_rows.ipynb #a87a8219
 ROWS_PER_GROUP = 8
-_ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "dict": pa.map_(pa.string(), pa.float64()),
+_ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "dict": pa.map_(pa.string(), pa.float64()), "dict[str, list[float]]": pa.map_(pa.string(), pa.list_(pa.float64())),
           "list[str]": pa.list_(pa.string()), "list[float]": pa.list_(pa.float64()), "list[int]": pa.list_(pa.int32())}
 
 def _arrow_type(f) -> pa.DataType:

@@ -22,6 +22,7 @@ from .meta import FORMAT, VERSION, RunError, check_folder, read_meta
 from .rows import TraceRow, read_row, read_scored, score_sets, trace_id, write_parquet
 from .index import INDEX_COLUMNS, IndexTail, index_line
 from .steps import STEP_COLUMNS, step_line, step_lines
+from .summaries import run_text
 
 _all_ = ["RunError", "check_folder", "read_meta", "TraceRow", "trace_id", "INDEX_COLUMNS", "STEP_COLUMNS"]   # needed beside the run itself
 
@@ -158,6 +159,8 @@ def _numbers(frame: pd.DataFrame, names) -> pd.DataFrame:
 # %% ../../nbs/45_traces/05_run.ipynb #31d4f65d
 class Run:
     "Read a run folder, see `open_run`."
+    def __repr__(self): return run_text(self)
+
     def __init__(self, path: Path):
         self.path = path
         self._index = IndexTail(path/"index.jsonl")

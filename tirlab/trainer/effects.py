@@ -16,12 +16,11 @@ from fastcore.basics import patch
 from transformers import TrainerCallback
 
 # %% ../../nbs/60_trainer/13_effects.ipynb #d4c2a2d2
-from ..algorithms.advantages import BY_TURN
 from .batch import total_rewards
 from ..rewards.confidence import stated_confidence
 from ..config.tir_config import TIRConfig
 from ..algorithms.filters import overlong
-from ..rewards.outcome import final_text, format_rewards, tool_rewards
+from ..rewards.outcome import final_text
 from ..rewards.shaping import written_code
 from .credit import group_reasons, is_void
 from ..core.trajectory import StopReason, ToolError, Trajectory
@@ -36,8 +35,8 @@ ROLLOUT: dict[str, tuple[str, Callable[[TIRConfig, Trajectory], bool]]] = {   # 
     "mask_truncated_completions": ("was cut off by a limit", lambda args, t: overlong([t])[0]),
     "max_observation_chars": ("has a tool's output that was cut", lambda args, t: _result(t, lambda r: r.truncated)),
     "max_tool_calling_iterations": ("used up its rounds of calls", lambda args, t: t.stop is StopReason.MAX_TURNS),
-    "format_penalty": ("has a turn to penalise", lambda args, t: args.advantage in BY_TURN and any(format_rewards(t, args.format_penalty))),
-    "tool_bonus": ("has a call that worked", lambda args, t: args.advantage in BY_TURN and any(tool_rewards(t, args.tool_bonus))),
+    "format_penalty": ("has a turn to penalise", lambda args, t: any(t.turn_scores.get("format_penalty", ()))),
+    "tool_bonus": ("has a call that worked", lambda args, t: any(t.turn_scores.get("tool_bonus", ()))),
     "gamma": ("has a turn before its last", lambda args, t: len(t.turns) > 1),
     "replay_successes": ("is an old success", lambda args, t: t.origin == "replay"),
     "OffPolicy": ("is a demonstration", lambda args, t: t.origin == "demonstration"),

@@ -19,6 +19,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 # %% ../../nbs/60_trainer/05_generation.ipynb #75a8abd8
+from ..rewards.turn_rewards import score_turns
 from ..rollout.engines import EngineError, context_of
 from ..config.tir_config import rollout_limits
 from ..envs.environments import reset_environment
@@ -196,6 +197,7 @@ def sample_batch(
     if check: check_whole(trajectories, trainer.num_generations if split == "train" else 1)
     log_rollouts(trainer, trajectories, clock)
     rewards = score(trainer, rows, prompts, trajectories)
+    trajectories = [score_turns(t, row, trainer.turn_sources, e) for t, row, e in zip(trajectories, rows, environments or [None] * len(rows))]
     retire_environments(trainer, trajectories, environments)
     return Batch(rows, prompts, trajectories, rewards, split, step, trainer.bounds)
 

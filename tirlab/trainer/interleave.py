@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from datasets import Dataset
 from fastcore.basics import patch
-from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 # %% ../../nbs/60_trainer/15_interleave.ipynb #0c694e88
@@ -24,6 +23,7 @@ from .batch import task_name
 from ..collapse.monitor import Alarm
 from ..traces.files import write_atomic
 from ..supervision.lessons import LessonContext, LessonSource, sft_rows
+from .progress import ending, quieten
 from .recording import recording
 from ..supervision.in_batch import check_answers
 from ..traces.run import open_run, trace_id
@@ -125,7 +125,7 @@ def train(
         restore_phases(trainer, out, done)
     trainer.accelerator.wait_for_everyone()   # no process makes a folder before all have looked
     try:
-        with recording(trainer, resume, training=True):
+        with ending(trainer), recording(trainer, resume, training=True):
             while phase := self.next(done):
                 phase["folder"] = f"phase-{len(done):02d}-{phase['kind']}"
                 folder = out/phase["folder"]
@@ -172,7 +172,7 @@ def _fit(plan, trainer, rows, folder, **more):
     with bare_forward(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         teacher = SFTTrainer(model=model, args=_sft_config(plan, trainer, folder, **more), train_dataset=rows, processing_class=trainer._tokenizer)
-        if not any(isinstance(c, PrinterCallback) for c in trainer.callback_handler.callbacks): teacher.remove_callback(PrinterCallback)   # as quiet as RL
+        quieten(teacher, trainer.args)   # as quiet as RL
         resume_training(teacher, last_checkpoint(folder))
     model.train(training)
     model.config.use_cache = was

@@ -173,6 +173,7 @@ class Gradients:
     any: bool = False                # whether a token of a part so far has one
     reasons: list[str | None] = field(default_factory=list)   # of each rollout so far: why it has none; None where it has one
     empty: bool = False              # whether the last step had none
+    why: str | None = None           # how many rollouts of the last step had none and why, of all processes; None where each had one
 
 def note_gradients(
     trainer: Any,   # TIRTrainer

@@ -125,6 +125,7 @@ class EmptySteps(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         rows, self.trainer.gradients.reasons = gather_object(self.trainer.gradients.reasons), []
         empty = bool(rows) and self.trainer.gradients.empty
+        self.trainer.gradients.why = without_gradient(rows) if any(rows) else None
         self.steps, self.row, self.reasons = self.steps + 1, (self.row + 1) * empty, (self.reasons + rows) * empty
         message = f"Step {step_on_record(self.trainer) - 1}: {without_gradient(rows)}" if empty else None
         self._show(message)

@@ -7,7 +7,7 @@ __all__ = ['TIRTrainer', 'open_records']
 
 # %% ../../nbs/60_trainer/00_trainer.ipynb #03c7e73d
 import os, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Callable
 
 # %% ../../nbs/60_trainer/00_trainer.ipynb #de432a01
@@ -18,12 +18,14 @@ from trl import GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
 # %% ../../nbs/60_trainer/00_trainer.ipynb #84a219db
+from ..algorithms.advantages import tells_turns_apart
 from ..algorithms.prompts import Replay
 from ..collapse.interventions import Clamp, bounds_of, turn_states
 from ..collapse.monitor import CollapseMonitor
 from ..collapse.watching import Watch, make_probe
 from ..config.checks import check_format, check_prompts, check_trainer, load_tokenizer, saying_call_format
-from ..config.tir_config import TIRConfig, check_budget, engine_of
+from ..config.tir_config import TIRConfig, check_budget
+from ..config.values import check_advantage, engine_of
 from ..core.formats import make_format
 from ..envs.environments import check_environment, check_tool
 from ..rollout.continuous import fitting_engine
@@ -32,27 +34,20 @@ from ..supervision.in_batch import OffPolicy, Supervision, check_supervision
 from ..traces.run import check_folder
 from .batch import Batch, BatchBuilder, finite_rewards
 from .batch_credit import check_tensors, give_credit, keep_only, mask_tokens, token_advantages
+from ..rewards.turn_rewards import turn_functions, turn_weights
 from .checkpoints import load_prompts, resume_point, save_prompts
 from .engine_setup import calls_as_text, make_canary
 from .generation import next_batch
-from .guards import guarded
+from .guards import guarded, nothing_left_behind
 from .handover import as_generated, log_lengths, log_tools, multi_turn, split_of
-from .inputs import brings_tools, tools_of_the_task
+from .credit import turn_sources
+from .inputs import brings_tools, tools_of_the_task, without_turn_method
 from .objective import (ForgetMoments, Gradients, SkipEmptySteps, extra_terms, lesson_loss, lessons_of, log_gap, loss_inputs, note_gradients,
                                       record_scores, score_tokens, within_bounds)
+from .progress import ending, progress_callbacks
 from .recording import EmptySteps, OneHistory, free_folder, record_unused, recording, row_fields, write_down
 
 # %% ../../nbs/60_trainer/00_trainer.ipynb #7aac6e8e
-@contextmanager
-def _nothing_left_behind(folder):
-    "Remove a folder that transformers made inside, if what happens inside fails."
-    existed = os.path.exists(folder)
-    try: yield
-    except BaseException:
-        if not existed and os.path.isdir(folder) and not os.listdir(folder): os.rmdir(folder)
-        raise
-
-# %% ../../nbs/60_trainer/00_trainer.ipynb #6b3eccd0
 class TIRTrainer(GRPOTrainer):
     "GRPOTrainer for multi-turn tool use. Raises: ValueError, in one sentence, for arguments, columns or tools that cannot work."
     _name = "TIR"
@@ -70,29 +65,34 @@ class TIRTrainer(GRPOTrainer):
         interventions: list[Clamp] | None = None,   # tokens held within bounds, where `args.intervene` says
         supervision: list[Supervision] | None = None,    # OffPolicy, Hints, Replay, AuxiliarySFT: demonstrations, hinted and replayed rollouts
         chat_template: str | None = None,           # template to use in place of the tokenizer's; it is saved with the checkpoints
+        turn_reward_funcs: list[Callable] | None = None,   # f(trajectory, row), a number for each turn, beside environments' `get_turn_rewards`
         **kwargs,                            # callbacks, optimizers, peft_config, ...: as for GRPOTrainer
     ):
         args, model = args or TIRConfig(), os.fspath(model) if isinstance(model, os.PathLike) else model
         check_trainer(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, tools, environment_factory, dict(interventions=interventions, supervision=supervision, **kwargs))
         if args.trace and args.run_dir: check_folder(args.run_dir, resume=True)
         processing_class = load_tokenizer(model, args, train_dataset, processing_class, chat_template, bool(tools or environment_factory))
-        self.engine_name, self.schedule = engine_of(args)
+        self.engine_name, self.schedule, self.turn_sources = *engine_of(args), turn_sources(args, turn_reward_funcs)   # what rewards turns, by name
         rewards = [f for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]) if f]
         given = [*(tools or []), tools_of_the_task] if brings_tools(environment_factory) else tools
-        with warnings.catch_warnings(), _nothing_left_behind(args.output_dir), saying_call_format():
+        with warnings.catch_warnings(), nothing_left_behind(args.output_dir), saying_call_format():
             warnings.filterwarnings("ignore", ".*environment_factory.*experimental")   # pinned, and held to TRL's behaviour by tests/trainer/test_parity.py
             with calls_as_text(processing_class) if args.call_format else nullcontext():
                 super().__init__(model, rewards, args, train_dataset, eval_dataset, processing_class, tools=given, environment_factory=environment_factory, **kwargs)
-            self._set_up(train_dataset, interventions, supervision or [])
+            self._set_up(train_dataset, interventions, supervision or [], turn_functions(turn_reward_funcs))
         if not isinstance(model, str): self.reset_reference()   # TRL loads it from the disk, which knows nothing of what came before
 
 # %% ../../nbs/60_trainer/00_trainer.ipynb #c4e1d0aa
 @patch
-def _set_up(self: TIRTrainer, train_dataset, interventions, supervision):
+def _set_up(self: TIRTrainer, train_dataset, interventions, supervision, own):
     "Check what the loaded model tells, and make what outlives a batch."
     args, tokenizer = self.args, self._tokenizer
     self.engine_name = fitting_engine(self.engine_name, self.model)   # known only now
+    without_turn_method(self)
     for tool in self.tools: check_tool(tool)
+    self.turn_weights = turn_weights(own, args.turn_reward_weights)
+    self.rewards_turns = bool(own) or any(hasattr(pool[0], "get_turn_rewards") for pool in getattr(self, "_environment_pool", {}).values())   # beside format penalty and tool bonus
+    check_advantage(args, tells_turns_apart(args.advantage), self.rewards_turns)
     check_budget(args.max_completion_length, tokenizer, self.tools)
     self._check_rollouts(train_dataset)
     check_supervision(supervision, args, train_dataset, self.engine_name, context_of(self.model), tokenizer)
@@ -112,7 +112,7 @@ def _set_up(self: TIRTrainer, train_dataset, interventions, supervision):
     self.canary = make_canary(self)
     for monitor in self.callback_handler.callbacks:
         if isinstance(monitor, CollapseMonitor): monitor.trainer = self
-    for callback in (SkipEmptySteps(self), EmptySteps(self), OneHistory(self), *[ForgetMoments(self)] * bool(args.reset_optimizer_steps)): self.add_callback(callback)
+    for callback in (SkipEmptySteps(self), EmptySteps(self), OneHistory(self), *[ForgetMoments(self)] * bool(args.reset_optimizer_steps), *progress_callbacks(self)): self.add_callback(callback)
 
 @patch(as_prop=True)
 def batch(self: TIRTrainer) -> Batch | None:
@@ -252,7 +252,7 @@ def train(self: TIRTrainer, resume_from_checkpoint=None, **kwargs):
     self._checked, self._step, self._buffered_inputs = False, 0, None   # what is left of a batch belongs to the training before
     self.weights_changed()
     if self.state.global_step and self.run_dir and not (resume or self.recorder): self.run_dir, self._run = free_folder(self.run_dir), None
-    with recording(self, resume, training=True): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    with ending(self), recording(self, resume, training=True): return super(TIRTrainer, self).train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 @patch
 def evaluate(self: TIRTrainer, *args, **kwargs):
