@@ -191,7 +191,7 @@ def test_eval_prints_a_table_and_json_and_a_folder_that_the_app_opens(tmp_path, 
 @pytest.mark.parametrize("words,said", [
     (["tasks=aime"], "Unknown tasks"), (["tasks=nobody.jsonl"], "no file nobody.jsonl"), (["format=yaml"], "Unknown call format 'yaml'"), (["ood=chat"], "is the format of training"),
     (["k=0"], "nothing to evaluate"), (["k=4", "recipe=tool_rl_box"], "all the same"), (["endpoint=http://127.0.0.1:9"], "needs model=NAME"), (["endpoint=localhost", "model=m"], "give the whole address"),
-    (["engine=llama"], "Unknown engine"), (["model=/no/such/model"], "cannot be loaded"), (["reward=best"], "Unknown reward"), (["temperature=-1"], "temperature=-1 is not a number from 0 on"), (["n=0"], "at least one task"),
+    (["engine=llama"], "Unknown engine"), (["model=/no/such/model"], "cannot be loaded"), (["reward=best"], "is unknown; the nearest is"), (["temperature=-1"], "temperature=-1 is not a number from 0 on"), (["n=0"], "at least one task"),
 ])
 def test_bad_input_is_one_sentence(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
