@@ -1,4 +1,5 @@
 """The app over run folders in every state they can be in."""
+import json
 import re
 import shutil
 import socket
@@ -157,7 +158,8 @@ def test_launch_refuses_in_one_sentence(tmp_path):
             launch(tmp_path / "run", port=s.getsockname()[1])
 
 
-def test_the_app_needs_no_trainer():
+def test_the_app_needs_no_trainer(tmp_path):
     code = "import sys, tirlab.traces.run, tirlab.app.common, tirlab.app.launch, tirlab.plots.figures; sys.exit(any(m in sys.modules for m in ('torch', 'trl')))"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert "--server.address=127.0.0.1" in command("run", 1) and "--browser.gatherUsageStats=false" in command("run", 1)
+    (tmp_path / "meta.json").write_text(json.dumps({"format": "tirlab-run", "schema_version": 1}))
+    assert "--server.address=127.0.0.1" in command(tmp_path, 1) and "--browser.gatherUsageStats=false" in command(tmp_path, 1)

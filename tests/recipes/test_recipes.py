@@ -98,7 +98,7 @@ def test_gtpo_rewards_code_like_that_of_the_success(tmp_path, monkeypatch):
     scripts = [[call(code), answer] for code, answer in (("37+48", "85"), ("37+49", "86"), ("print()", "x"), ("37+48", "7"))]
     t = trainer(tmp_path, monkeypatch, scripts=scripts, rewards=lambda completions, **kwargs: [float(i % 4 == 0) for i in range(8)], **recipe("gtpo", num_generations=4, trace=False))
     batch_and_gradient(t)
-    right, near, far, same = turn_credit(t, t.batch)[0][:4].nan_to_num().sum(1).tolist()
+    right, near, far, same = turn_credit(t, t.batch, {})[0][:4].nan_to_num().sum(1).tolist()
     assert right == 1 and same == pytest.approx(0.5) and 0 == far < near < 0.5
 
 

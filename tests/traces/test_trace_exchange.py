@@ -76,7 +76,7 @@ def test_scoring_goes_on_where_it_was(trained, tmp_path, capsys):
     with pytest.raises(RunError, match="remove it and score again"):
         run.scored("tiny", run.index().id.iloc[0])
     assert main(["trace", "score", str(run.path), "--model", str(trained / "last"), "--name", "tiny"]) == 2 and "another name" in capsys.readouterr().err
-    assert main(["trace", "score", str(run.path), "--model", str(tmp_path / "nowhere")]) == 2 and "cannot be loaded" in capsys.readouterr().err
+    assert main(["trace", "score", str(run.path), "--model", str(tmp_path / "nowhere")]) == 2 and "there is no such folder" in capsys.readouterr().err
 
 
 def test_other_tokens_are_refused(trained, tmp_path):

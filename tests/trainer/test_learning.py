@@ -276,7 +276,7 @@ def test_code_shaping_gives_failures_their_likeness(tmp_path, monkeypatch):
         t = trainer(tmp_path / name, monkeypatch, scripts=scripts, rewards=lambda completions, **k: [float(i % 4 == 0) for i in range(len(completions))],
                     advantage=name, code_shaping=0.5, format_penalty=0.0, trace=False)
         batch_and_gradient(t)
-        rewards, advantages, _ = turn_credit(t, t.batch)
+        rewards, advantages, _ = turn_credit(t, t.batch, {})
         assert rewards.nansum(1)[:4].tolist() == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1e-4)
         assert advantages[1, 0] > advantages[2, 0] == advantages[3, 0]
 

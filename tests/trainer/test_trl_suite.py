@@ -228,7 +228,7 @@ TOOL_CASES = {
     "environments by name": Case(dict(environment_factory=ENVIRONMENTS, **TINY), LONG, tasks),
     "environments by name, of functions": Case(dict(environment_factory={k: functools.partial(lambda c: c(), c) for k, c in ENVIRONMENTS.items()}, **TINY), LONG, tasks),
     "environment that owns the data": Case(dict(environment_factory=Owner, **TINY), LONG, None),
-    "environments without a prompt": Case(dict(environment_factory={"a": Owner, "b": Owner}), {}, lambda: Dataset.from_dict({"environment": ["a", "b"] * 3})),
+    "environments without a prompt": Case(dict(environment_factory={"a": Owner, "b": Owner}, **TINY), LONG, lambda: Dataset.from_dict({"environment": ["a", "b"] * 3})),
     "environment in evaluation": Case(dict(environment_factory=Counter, **TINY), LONG | dict(eval_strategy="steps", eval_steps=1), tasks),
     "environment, streamed": Case(dict(environment_factory=Counter, **TINY), LONG, lambda: tasks().to_iterable_dataset()),
     "environment, template variables": Case(dict(environment_factory=Counter, **TINY), LONG | dict(chat_template_kwargs={"enable_thinking": False}), tasks),

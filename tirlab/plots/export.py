@@ -77,7 +77,8 @@ def export_html(
 def _features():
     "Return the columns of the data set."
     from datasets import Features
-    changed = {"rewards": pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())])), "control": pa.list_(pa.list_(pa.float16()))}
+    named = lambda key, kind: pa.list_(pa.struct([("name", pa.string()), (key, kind)]))   # a data set has no maps
+    changed = {"rewards": named("value", pa.float64()), "turn_scores": named("values", pa.list_(pa.float64())), "control": pa.list_(pa.list_(pa.float16()))}
     return Features.from_arrow_schema(pa.schema([pa.field(f.name, changed.get(f.name, f.type)) for f in SCHEMA]))
 
 def _entries(run: Run, ids: list[str], lost: list[str]) -> Iterator[dict]:
@@ -86,7 +87,9 @@ def _entries(run: Run, ids: list[str], lost: list[str]) -> Iterator[dict]:
         try: row = run.trajectory(id)
         except RunError as e: lost.append(str(e)); continue
         values = {f.name: v.tolist() if isinstance(v := getattr(row, f.name), np.ndarray) else v for f in SCHEMA}
-        yield values | {"rewards": [{"name": k, "value": v} for k, v in row.rewards.items()]}
+        named = {"rewards": [{"name": k, "value": v} for k, v in row.rewards.items()],
+                 "turn_scores": None if row.turn_scores is None else [{"name": k, "values": v} for k, v in row.turn_scores.items()]}
+        yield values | named
 
 def export_dataset(
     run: Run,               # an open run
