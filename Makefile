@@ -50,9 +50,11 @@ test-vllm: .venv-vllm/.has-vllm  ## the real vLLM on a CPU: both engines, server
 	$(call step,the real vLLM,OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm tests/vllm_cpu,repair what pytest names)
 	@printf '\nAll good.\n'
 
-test-adapters: $(ADAPTERS:%=.venv-adapters/%/.done)  ## environments from elsewhere with their real packages, each in an environment of its own
-	@for name in $(ADAPTERS); do printf '\n-- %s\n' $$name; OMP_NUM_THREADS=1 .venv-adapters/$$name/bin/python -m pytest -q -m adapter tests/adapters/test_$$name.py || exit 1; done
+test-adapters: $(ADAPTERS:%=test-adapter-%)  ## environments from elsewhere with their real packages, each in an environment of its own; -j2 runs two at a time
 	@printf '\nAll good.\n'
+
+test-adapter-%: .venv-adapters/%/.done
+	$(call step,the real packages: $*,OMP_NUM_THREADS=1 .venv-adapters/$*/bin/python -m pytest -q -m adapter tests/adapters/test_$*.py,repair what pytest names)
 
 docs: .venv/.has-dev  ## the documentation as a site, in site/index.html; links are checked, nothing is fetched
 	$(call step,site,NO_MKDOCS_2_WARNING=1 mkdocs build -q,repair the page or link that mkdocs names)
@@ -74,6 +76,7 @@ clean:  ## remove what was built, but not .venv
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	find app nbs scripts tests tirlab -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
+.SECONDARY: $(ADAPTERS:%=.venv-adapters/%/.done)
 .venv-adapters/%/.done: .venv/.has-dev scripts/setup_adapter
 	@scripts/setup_adapter $*
 
