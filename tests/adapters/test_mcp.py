@@ -229,6 +229,7 @@ def test_tasks_are_rows_with_the_servers_tools():
 
 LEFT = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell may have started the tests without it
 from tirlab.adapters.mcp import mcp_environment
 shop = mcp_environment(sys.argv[1])()
 shop.reset()
