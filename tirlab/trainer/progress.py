@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.utils.notebook import NotebookProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK   # in a notebook its own, which needs IPython
 
 # %% ../../nbs/60_trainer/16_progress.ipynb #b7ff4976
 from .batch import Batch, total_rewards
@@ -103,7 +103,7 @@ def on_log(self: Progress, args, state, control, logs=None, **kwargs):
     if self.bar is not None: self.bar.set_postfix_str(step_line(done, total, logged).partition("  ")[2])
 
 # %% ../../nbs/60_trainer/16_progress.ipynb #84a553d3
-_DEFAULTS = (PrinterCallback, ProgressCallback, NotebookProgressCallback)
+_DEFAULTS = (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK)
 
 def prints_everything(
     args: Any,   # TrainingArguments
