@@ -1490,6 +1490,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tirlab.eval.groups._between': ('65_eval/groups.html#_between', 'tirlab/eval/groups.py'),
                                     'tirlab.eval.groups._difference': ('65_eval/groups.html#_difference', 'tirlab/eval/groups.py'),
                                     'tirlab.eval.groups._number': ('65_eval/groups.html#_number', 'tirlab/eval/groups.py'),
+                                    'tirlab.eval.groups._spreads': ('65_eval/groups.html#_spreads', 'tirlab/eval/groups.py'),
                                     'tirlab.eval.groups.compare_groups': ('65_eval/groups.html#compare_groups', 'tirlab/eval/groups.py'),
                                     'tirlab.eval.groups.compare_sides': ('65_eval/groups.html#compare_sides', 'tirlab/eval/groups.py'),
                                     'tirlab.eval.groups.group_spreads': ('65_eval/groups.html#group_spreads', 'tirlab/eval/groups.py'),

@@ -75,14 +75,18 @@ def group_spreads(
     paths: list,            # run folders
 ) -> dict[str, Spread]:     # figure -> spread over the runs
     "Return each figure of a group of runs. Raises: RunError where there is no run."
-    figures = [run_figures(p) for p in paths]
+    return _spreads([run_figures(p) for p in paths])
+
+def _spreads(figures):
+    "Return each figure of runs whose figures are read."
     return {name: spread([f.get(name, float("nan")) for f in figures]) for name in dict.fromkeys(n for f in figures for n in f)}
 
 def group_table(
     paths: list,     # run folders, one a seed
 ) -> str:            # for people
     "Return the figures of each run, their means and intervals, as a table."
-    figures, spreads = [run_figures(p) for p in paths], group_spreads(paths)
+    figures = [run_figures(p) for p in paths]
+    spreads = _spreads(figures)
     seeds = [f"seed {s}" if (s := seed_of(p)) is not None else Path(p).name[:9] for p in paths]
     width = max([8, *map(len, spreads)])
     lines = [f"{'':{width}} " + "".join(f"{s:>10}" for s in seeds) + f"{'mean':>10}   95% interval"]
