@@ -1577,7 +1577,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'tirlab/eval/settings.py'),
                                       'tirlab.eval.settings.eval_settings_text': ( '65_eval/settings.html#eval_settings_text',
                                                                                    'tirlab/eval/settings.py'),
-                                      'tirlab.eval.settings.eval_tasks': ('65_eval/settings.html#eval_tasks', 'tirlab/eval/settings.py'),
                                       'tirlab.eval.settings.read_eval_settings': ( '65_eval/settings.html#read_eval_settings',
                                                                                    'tirlab/eval/settings.py'),
                                       'tirlab.eval.settings.run_eval': ('65_eval/settings.html#run_eval', 'tirlab/eval/settings.py'),

@@ -15,8 +15,9 @@ from tirlab.rollout.calls import RolloutLimits
 from tirlab.rollout.engines import EngineError, GenerateEngine, Sampling
 from tirlab.eval.estimates import compare, compare_runs, interval, item_scores, majority_vote, pass_at_k, read_items, result_of, summary
 from tirlab.eval.runs import Sampler, evaluate_run
-from tirlab.eval.settings import PROTOCOLS, eval_cells, eval_tasks, read_eval_settings
+from tirlab.eval.settings import PROTOCOLS, eval_cells, read_eval_settings
 from tirlab.eval.sources import task_source
+from tirlab.eval.task_words import task_set
 from tirlab.eval.evaluate import evaluate, evaluate_cells
 from tirlab.rewards.patterns import cross_verifications, error_corrections, pattern_judge, pattern_shares, progress_steps, reasoning_patterns
 from tirlab.plots.token_html import token_html
@@ -150,7 +151,7 @@ def test_a_folder_is_not_gone_on_with_under_other_settings(policy, tmp_path, cha
 
 def test_four_cells_are_the_same_items_in_two_formats(policy, tmp_path):
     settings = read_eval_settings(["tasks=repair", "n=3", "ood=xml"])
-    cells = eval_cells(settings, eval_tasks(settings))
+    cells = eval_cells(settings, task_set(settings))
     assert list(cells) == ["test/chat", "test/xml", "content_ood/chat", "content_ood/xml"]
     assert cells["test/chat"][0].to_list() == cells["test/xml"][0].to_list() != cells["content_ood/chat"][0].to_list()
     result = evaluate_run(tmp_path, cells, sampler(policy))
